@@ -1,0 +1,1 @@
+"""What the outside speaks: the OpenAI-compatible HTTP surface."""

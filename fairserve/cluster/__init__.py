@@ -1,0 +1,1 @@
+"""Ray shells round plain objects."""

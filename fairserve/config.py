@@ -1,0 +1,207 @@
+"""The whole configuration as one pydantic model; ``fairserve config`` prints it.
+
+Every field carries its unit and default in its description. Unknown fields are refused with the nearest known name.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+EMBEDDED_MODEL = "smollm2-135m-instruct"
+
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Strict(BaseModel):
+    """Refuses unknown fields, and names the nearest known one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_fields_only(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            for name in data:
+                if name not in cls.model_fields:
+                    near = difflib.get_close_matches(str(name), cls.model_fields, n=1)
+                    hint = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(cls.model_fields)}"
+                    raise ValueError(f"{cls.__name__} has no field {name!r}: {hint}")
+        return data
+
+
+class CostConfig(Strict):
+    """How tokens become service, the unit that clients are compared in (VTC section 3.1)."""
+
+    kind: Literal["weighted_tokens", "profiled_quadratic", "kv_token_time"] = "weighted_tokens"
+    """weighted_tokens: input_weight * n_in + output_weight * n_out. profiled_quadratic: VTC's fitted milliseconds
+    (appendix B). kv_token_time: n_in * n_out + n_out^2 / 2, the memory held over time."""
+    input_weight: PositiveFloat = 1.0
+    """Service of one computed input token (w_p)."""
+    output_weight: PositiveFloat = 2.0
+    """Service of one output token (w_q)."""
+    cached_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Service of an input token found in the prefix cache, as a fraction of a computed one."""
+
+
+class FairnessConfig(Strict):
+    policy: Literal["vtc", "fcfs", "lcf", "rpm"] = "vtc"
+    """vtc: least service first, newcomers lifted. lcf: the same without the lift. fcfs: order of arrival.
+    rpm: order of arrival, at most rpm_limit requests a minute per client."""
+    rpm_limit: PositiveInt = 60
+    """Policy rpm only: accepted requests per client in any 60 s."""
+    cost: CostConfig = CostConfig()
+
+
+class DispatchConfig(Strict):
+    lookahead: Annotated[int, Field(ge=0)] = 1
+    """Requests granted to a replica beyond its running slots, so that a freed slot is refilled without a round
+    trip to the counter actor."""
+    reserve_output_tokens: Annotated[int, Field(ge=0)] | None = None
+    """KV tokens reserved at the grant for the output of a request: min(max_tokens, this). null reserves all of
+    max_tokens: then a replica never runs out of KV blocks, at the price of a smaller batch."""
+    max_waiting: PositiveInt = 10_000
+    """Requests that may wait in the whole cluster; more are refused with 429."""
+    max_waiting_per_client: PositiveInt = 2_000
+    """Requests of one client that may wait; a key may set its own limit."""
+    lease_s: PositiveFloat = 5.0
+    """Seconds until a grant that no replica has confirmed lapses: charge returned, request back in its place."""
+    replica_stale_s: PositiveFloat = 5.0
+    """Seconds without a report after which a replica is granted nothing more."""
+    replica_dead_s: PositiveFloat = 20.0
+    """Seconds without a report after which the grants of a replica are taken back."""
+    router_dead_s: PositiveFloat = 20.0
+    """Seconds without a call after which the waiting requests of a router are dropped."""
+
+
+class CounterConfig(Strict):
+    name: str = "fairserve-counters"
+    """Name of the counter actor in its Ray namespace; two services on one cluster need two names."""
+    namespace: str = "fairserve"
+    """Ray namespace of the counter actor."""
+    call_timeout_s: Annotated[float, Field(gt=0, le=10)] = 1.0
+    """Seconds any call to the counter actor may take; then it counts as unreachable."""
+    poll_s: Annotated[float, Field(gt=0, le=10)] = 0.5
+    """Seconds a long poll for grants stays open when there is nothing to grant; below call_timeout_s."""
+    heartbeat_s: Annotated[float, Field(gt=0, le=10)] = 0.5
+    """Seconds between reports of an idle replica."""
+    snapshot_path: str | None = None
+    """SQLite file for the counters, on the node of the actor. null: no snapshots, a restarted actor starts from the
+    totals of the living replicas."""
+    snapshot_s: Annotated[float, Field(gt=0, le=60)] = 1.0
+    """Seconds between snapshots."""
+    pin_to_head: bool = True
+    """Keep the actor on the head node, as Ray Serve keeps its controller."""
+
+    @model_validator(mode="after")
+    def _poll_below_timeout(self) -> CounterConfig:
+        if self.poll_s >= self.call_timeout_s:
+            raise ValueError(f"poll_s ({self.poll_s}) must be below call_timeout_s ({self.call_timeout_s})")
+        return self
+
+
+class EngineConfig(Strict):
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where torch sees a GPU, else cpu."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: the model's own type on a GPU, float32 on a CPU."""
+    attention: Literal["auto", "sdpa", "xformers"] = "auto"
+    """auto: xformers on CUDA where it is installed, else torch's scaled dot product attention."""
+    cpu_linear: Literal["auto", "eager", "packed"] = "auto"
+    """CPU only. packed: oneDNN-packed weights, with q, k, v and gate, up fused where the model has them.
+    auto: packed where it works, else eager."""
+    max_model_len: PositiveInt | None = None
+    """Tokens of prompt and output together that one request may hold. null: the model's own context length."""
+    max_num_seqs: PositiveInt = 16
+    """Requests that run at the same time on one replica."""
+    max_num_batched_tokens: PositiveInt = 256
+    """Tokens one step may compute: every running request's next token first, then prompt chunks."""
+    kv_cache_tokens: PositiveInt | None = None
+    """Tokens the KV cache of one replica holds. null: on a CPU min(max_num_seqs, 8) * max_model_len, on a GPU what
+    gpu_memory_fraction leaves."""
+    block_size: PositiveInt = 16
+    """Tokens in one KV block."""
+    gpu_memory_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """GPU only: part of the memory used for weights and KV cache together."""
+    num_threads: PositiveInt | None = None
+    """Torch threads of one replica on a CPU. null: cores of the machine / num_replicas, at least 1."""
+    seed: int = 0
+    """Seed for requests that bring none; the k-th such request of a replica gets seed + k."""
+    trust_remote_code: bool = False
+    """Run Python code that a model repository brings along. Only for repositories you trust."""
+
+
+class ApiKey(Strict):
+    """One client. Exactly one of ``key`` and ``key_sha256`` is given."""
+
+    client: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:@-]{1,64}$")]
+    """The client this key names; several keys may name one client. 1-64 of A-Z a-z 0-9 . _ : @ -"""
+    key: Annotated[str | None, Field(min_length=8, max_length=512, repr=False)] = None
+    """The secret in clear, for development: hashed as soon as it is read. Prefer key_sha256."""
+    key_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """SHA-256 of the secret, as 64 hex digits: `fairserve keys hash` prints it."""
+    weight: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] = 1.0
+    """The client's share relative to others. Keys of one client must agree."""
+    max_waiting: PositiveInt | None = None
+    """Requests of this client that may wait. null: max_waiting_per_client."""
+
+    @model_validator(mode="after")
+    def _one_secret(self) -> ApiKey:
+        if (self.key is None) == (self.key_sha256 is None):
+            raise ValueError(f"client {self.client!r}: give exactly one of 'key' and 'key_sha256'")
+        return self
+
+
+class ApiConfig(Strict):
+    keys: tuple[ApiKey, ...] = ()
+    """API keys. With no key here, in keys_file and in the environment (FAIRSERVE_API_KEYS, the same JSON list),
+    the service runs OPEN: anybody may call, and the bearer token, unchecked, names the client."""
+    keys_file: str | None = None
+    """JSON or YAML file with a list of keys, read at start on every ingress replica."""
+    trusted_client_header: Annotated[str, Field(pattern=r"^[A-Za-z0-9-]{1,64}$")] | None = None
+    """Header in which a gateway in front names the client, such as X-Client-Id. It is believed only from callers
+    with a valid key of a client listed in trusted_gateways. null: never."""
+    trusted_gateways: tuple[str, ...] = ()
+    """Clients (by name) that may name another client in trusted_client_header."""
+    max_body_bytes: PositiveInt = 2_000_000
+    """Bytes one request body may hold; more is refused with 413."""
+    max_choices: PositiveInt = 128
+    """Largest number of sequences one request may ask for: prompts times n."""
+    default_max_tokens: PositiveInt | None = None
+    """max_tokens of a request that names none. null: 16 for completions (OpenAI's default); for chat what is left
+    of the context."""
+    request_timeout_s: PositiveFloat = 3600.0
+    """Seconds from arrival to the last token after which a request is cancelled."""
+
+
+class FairServeArgs(Strict):
+    """Arguments of ``fairserve.app:build_app`` and of every deployment file."""
+
+    model: str = EMBEDDED_MODEL
+    """The embedded model's name, a local folder, or a hub id: anything transformers loads as a causal LM."""
+    served_model_name: Annotated[str, Field(min_length=1)] | None = None
+    """Name clients use in "model". null: the last part of model."""
+    num_replicas: PositiveInt = 2
+    """Model replicas, each with its own engine."""
+    num_ingress_replicas: PositiveInt = 1
+    """Replicas of the HTTP ingress; fairness does not depend on their number."""
+    num_cpus_per_replica: NonNegativeFloat = 0.5
+    """Ray CPUs that one model replica reserves."""
+    num_gpus_per_replica: NonNegativeFloat = 0.0
+    """Ray GPUs that one model replica reserves."""
+    max_generation_s: PositiveFloat = 600.0
+    """Seconds a replica may take to finish its streams when it is stopped (Serve's graceful shutdown)."""
+    engine: EngineConfig = EngineConfig()
+    fairness: FairnessConfig = FairnessConfig()
+    dispatch: DispatchConfig = DispatchConfig()
+    counter: CounterConfig = CounterConfig()
+    api: ApiConfig = ApiConfig()
+
+    @property
+    def model_name(self) -> str:
+        """The name in /v1/models."""
+        return self.served_model_name or self.model.rstrip("/").rsplit("/", 1)[-1]

@@ -1,0 +1,1 @@
+"""When and where: ledger, leases, capacity and the dispatcher. Standard library only."""

@@ -1,0 +1,150 @@
+"""What travels between the counter actor, the routers and the replicas: frozen values, checked at the border."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from fairserve.errors import Refused
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Tokens and service of one client on one replica since that replica's incarnation began.
+
+    ``num_input`` counts every charged input token, ``num_cached`` the part of it that came from the prefix cache,
+    ``num_output`` every generated token; ``service`` is their cost by the replica's cost function.
+    """
+
+    num_input: int = 0
+    num_cached: int = 0
+    num_output: int = 0
+    service: float = 0.0
+
+    def __add__(self, other: Totals) -> Totals:
+        return Totals(
+            self.num_input + other.num_input,
+            self.num_cached + other.num_cached,
+            self.num_output + other.num_output,
+            self.service + other.service,
+        )
+
+    def __sub__(self, other: Totals) -> Totals:
+        return Totals(
+            self.num_input - other.num_input,
+            self.num_cached - other.num_cached,
+            self.num_output - other.num_output,
+            self.service - other.service,
+        )
+
+
+NOTHING = Totals()
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """Router -> actor: a request waits. Metadata only; the prompt never travels here."""
+
+    request_id: str
+    client: str
+    num_input: int
+    max_output: int
+    weight: float = 1.0
+    max_waiting: int | None = None
+    """The client's own limit of waiting requests; None for the cluster's default."""
+    waited_s: float = 0.0
+    """Seconds the request has waited already (after an actor restart or a failed replica)."""
+    is_retry: bool = False
+    """Accepted before: goes back to its place by ``waited_s`` and is not refused by queue limits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Actor -> router: send this request to that replica."""
+
+    request_id: str
+    replica: str
+    waited_s: float
+    """Seconds from arrival at the router to the grant."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Actor -> router: no room; ``error`` is what the caller gets to see."""
+
+    request_id: str
+    error: Refused
+
+
+@dataclass(frozen=True, slots=True)
+class RouterCall:
+    """Router -> actor. One call in flight; a repeat carries the same ``seq`` and changes nothing."""
+
+    router: str
+    incarnation: str
+    seq: int
+    epoch: int
+    """The actor epoch the router believes in; 0 before the first reply."""
+    submits: tuple[Submit, ...] = ()
+    cancels: tuple[str, ...] = ()
+    """Requests whose caller went away, at whatever stage."""
+    declined: tuple[str, ...] = ()
+    """Grants that could not be used (the replica is gone); their charge returns."""
+
+
+@dataclass(frozen=True, slots=True)
+class RouterReply:
+    """Actor -> router, to a submit or a poll."""
+
+    epoch: int
+    grants: tuple[Grant, ...] = ()
+    grants_seq: int = 0
+    """Acknowledge the grants by naming this number in the next poll; unacknowledged ones come again."""
+    refusals: tuple[Refusal, ...] = ()
+    resubmit: bool = False
+    """The actor does not know this router's waiting requests (restart): submit all of them again."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """Replica -> actor: cumulative totals, so that loss, repeats and reordering change nothing.
+
+    ``totals`` holds the clients that changed since the last acknowledged report; ``received``, ``started`` and
+    ``finished`` name requests since the last acknowledged report. ``free_kv_tokens`` and ``free_slots`` already
+    exclude every request in ``received``, running or waiting locally.
+    """
+
+    replica: str
+    incarnation: str
+    seq: int
+    epoch: int
+    """The actor epoch that the replica believes in; 0 before the first reply."""
+    free_kv_tokens: int
+    free_slots: int
+    """Running slots that are free, minus requests that wait locally: may be negative."""
+    kv_capacity_tokens: int
+    max_slots: int
+    totals: Mapping[str, Totals] = field(default_factory=dict)
+    received: tuple[str, ...] = ()
+    started: tuple[str, ...] = ()
+    finished: tuple[str, ...] = ()
+    is_full: bool = False
+    """``totals`` holds every client of this incarnation and ``held`` every request on the replica."""
+    held: tuple[str, ...] = ()
+    num_running: int = 0
+    num_waiting: int = 0
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """Weight of each client in ``totals``, for an actor that has never seen the client."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReportReply:
+    """Actor -> replica."""
+
+    epoch: int
+    ack: int
+    """The newest sequence number that has been merged."""
+    counters: Mapping[str, float] = field(default_factory=dict)
+    """Counters, after the merge, of the clients in the report and of those the replica asked for."""
+    need_full: bool = False
+    """The actor does not know this incarnation (restart): send a full report."""

@@ -1,0 +1,1 @@
+"""Run one step: continuous batching over transformers' own model code."""

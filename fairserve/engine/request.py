@@ -1,0 +1,89 @@
+"""What goes into the engine and what comes out: frozen values, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to choose tokens. Values are checked by the API; in here they are asserted.
+
+    Names and meanings are OpenAI's and vLLM's. ``temperature`` 0 is greedy. ``top_k`` 0 means off, ``min_p`` 0
+    means off, ``repetition_penalty`` 1 means off (transformers' definition: over prompt and output tokens);
+    presence and frequency penalties count output tokens only. ``logprobs`` is the number of alternatives per
+    output token (0: only the chosen token's), None for none.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    include_stop_str_in_output: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One sequence to generate. A chat request with n = 3 is three of these."""
+
+    request_id: str
+    client: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    weight: float = 1.0
+    """The client's share: service is compared as service / weight."""
+    max_waiting: int | None = None
+    """The client's own limit of waiting requests, None for the cluster's default."""
+
+    @property
+    def num_input(self) -> int:
+        return len(self.prompt_token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log probability (natural log, of the unmodified model distribution) of one token."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """The most likely tokens at this position as (token id, logprob), best first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens charged for one request so far; the same numbers that move the client's counter."""
+
+    num_input: int
+    num_cached: int
+    """Part of ``num_input`` that came from the prefix cache."""
+    num_output: int
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """What one step (or several, merged) made for one request."""
+
+    request_id: str
+    text: str
+    """New text since the last output; may be empty while a character is incomplete or a stop string is possible."""
+    token_ids: tuple[int, ...]
+    usage: Usage
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    """The stop string or token id that ended the text, None for the end-of-sequence token or another reason."""
+    error: str | None = None
+    """With finish_reason 'error': what happened."""

@@ -1,0 +1,150 @@
+"""Every error that fairserve raises on purpose.
+
+::
+
+    FairServeError
+    +-- ConfigError                 a setting is wrong; the message names the setting
+    +-- ModelError                  a model cannot be found, verified or loaded
+    +-- RequestError                the caller's request is wrong (HTTP 4xx, never retried)
+    |   +-- InvalidRequest          a field has a wrong value
+    |   +-- PromptTooLong           more prompt tokens than the context holds
+    |   +-- Unauthenticated         no key, or an unknown key
+    |   +-- UnknownModel            no such model is served here
+    +-- Refused                     the request is fine, there is no room now (HTTP 429)
+    |   +-- ClientQueueFull         this client has too many waiting requests
+    |   +-- ClusterQueueFull        the whole cluster has too many waiting requests
+    |   +-- RateLimited             policy ``rpm``: too many requests in the window
+    +-- ReplicaFailed               the replica died or its engine failed (HTTP 503)
+    +-- ProtocolError               two parts of the cluster disagree; a bug
+
+Every error carries its numbers as attributes and survives pickling, because it may cross processes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class FairServeError(Exception):
+    """Root of the tree. ``fields`` holds the numbers that the message was made from."""
+
+    message = "fairserve failed"
+
+    def __init__(self, **fields: Any) -> None:
+        self.fields = fields
+        for name, value in fields.items():
+            setattr(self, name, value)
+        super().__init__(self.message.format(**fields))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_rebuild, (type(self), self.fields))
+
+
+def _rebuild(cls: type[FairServeError], fields: dict[str, Any]) -> FairServeError:
+    return cls(**fields)
+
+
+class ConfigError(FairServeError):
+    message = "{detail}"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail=detail)
+
+
+class ModelError(FairServeError):
+    message = "model {model!r}: {detail}"
+
+    def __init__(self, model: str, detail: str) -> None:
+        super().__init__(model=model, detail=detail)
+
+
+class ProtocolError(FairServeError):
+    message = "{detail}"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail=detail)
+
+
+class RequestError(FairServeError):
+    """``param`` names the offending field in the request body, or is None; ``code`` is for machines."""
+
+    param: str | None = None
+    code: str | None = None
+
+
+class InvalidRequest(RequestError):
+    message = "{detail}"
+
+    def __init__(self, detail: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(detail=detail, param=param, code=code)
+
+
+class PromptTooLong(RequestError):
+    message = (
+        "the prompt has {num_prompt} tokens and {max_output} were asked for, but this model's context holds "
+        "{max_context} tokens: shorten the prompt or lower max_tokens"
+    )
+
+    def __init__(self, num_prompt: int, max_output: int, max_context: int, param: str | None = "messages") -> None:
+        super().__init__(
+            num_prompt=num_prompt,
+            max_output=max_output,
+            max_context=max_context,
+            param=param,
+            code="context_length_exceeded",
+        )
+
+
+class Unauthenticated(RequestError):
+    message = "{detail}"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail=detail, param=None, code="invalid_api_key")
+
+
+class UnknownModel(RequestError):
+    message = "the model {model!r} is not served here; available: {available}"
+
+    def __init__(self, model: str, available: str) -> None:
+        super().__init__(model=model, available=available, param="model", code="model_not_found")
+
+
+class Refused(FairServeError):
+    """No room now. ``retry_after_s`` (seconds, > 0) says when to come back; ``reason`` is for machines."""
+
+    reason = "refused"
+    retry_after_s: float
+
+
+class ClientQueueFull(Refused):
+    reason = "client_queue_full"
+    message = (
+        "client {client!r} already has {num_waiting} requests waiting, its limit is {limit}; "
+        "retry in {retry_after_s:.0f} s"
+    )
+
+    def __init__(self, client: str, num_waiting: int, limit: int, retry_after_s: float) -> None:
+        super().__init__(client=client, num_waiting=num_waiting, limit=limit, retry_after_s=retry_after_s)
+
+
+class ClusterQueueFull(Refused):
+    reason = "cluster_queue_full"
+    message = "{num_waiting} requests are waiting in the cluster, the limit is {limit}; retry in {retry_after_s:.0f} s"
+
+    def __init__(self, num_waiting: int, limit: int, retry_after_s: float) -> None:
+        super().__init__(num_waiting=num_waiting, limit=limit, retry_after_s=retry_after_s)
+
+
+class RateLimited(Refused):
+    reason = "rate_limited"
+    message = "client {client!r} has used its {limit} requests per minute; retry in {retry_after_s:.0f} s"
+
+    def __init__(self, client: str, limit: int, retry_after_s: float) -> None:
+        super().__init__(client=client, limit=limit, retry_after_s=retry_after_s)
+
+
+class ReplicaFailed(FairServeError):
+    message = "the replica that served this request failed: {detail}"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail=detail)

@@ -1,0 +1,1 @@
+"""Who goes next: costs, counters, backlogs and policies. Standard library only."""
