@@ -66,6 +66,8 @@ class Grant:
     replica: str
     waited_s: float
     """Seconds from arrival at the router to the grant."""
+    seq: int
+    """Rises with every grant of an epoch; acknowledged by ``grants_ack`` of a later call, else sent again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,15 +83,22 @@ class RouterCall:
     """Router -> actor. One call in flight; a repeat carries the same ``seq`` and changes nothing."""
 
     router: str
-    incarnation: str
+    incarnation: int
+    """Which life of the sender this is; a later life has a greater number."""
     seq: int
     epoch: int
-    """The actor epoch the router believes in; 0 before the first reply."""
+    """The actor epoch the router believes in; 0 before the first reply. Later epochs are greater."""
     submits: tuple[Submit, ...] = ()
     cancels: tuple[str, ...] = ()
     """Requests whose caller went away, at whatever stage."""
     declined: tuple[str, ...] = ()
-    """Grants that could not be used (the replica is gone); their charge returns."""
+    """Grants that were not used (nobody waits for them any more, or the replica is gone); their charge returns."""
+    unreachable: tuple[str, ...] = ()
+    """Replicas that were granted to but that this router cannot reach."""
+    is_full: bool = False
+    """``submits`` holds every request that waits at the router."""
+    grants_ack: int = 0
+    """The newest ``Grant.seq`` of this epoch that arrived here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +107,6 @@ class RouterReply:
 
     epoch: int
     grants: tuple[Grant, ...] = ()
-    grants_seq: int = 0
-    """Acknowledge the grants by naming this number in the next poll; unacknowledged ones come again."""
     refusals: tuple[Refusal, ...] = ()
     resubmit: bool = False
     """The actor does not know this router's waiting requests (restart): submit all of them again."""
@@ -115,7 +122,8 @@ class StepReport:
     """
 
     replica: str
-    incarnation: str
+    incarnation: int
+    """Which life of the sender this is; a later life has a greater number."""
     seq: int
     epoch: int
     """The actor epoch that the replica believes in; 0 before the first reply."""
@@ -131,6 +139,8 @@ class StepReport:
     is_full: bool = False
     """``totals`` holds every client of this incarnation and ``held`` every request on the replica."""
     held: tuple[str, ...] = ()
+    clients: tuple[str, ...] = ()
+    """Clients with a request on the replica: the reply carries their counters."""
     num_running: int = 0
     num_waiting: int = 0
     weights: Mapping[str, float] = field(default_factory=dict)
@@ -145,6 +155,6 @@ class ReportReply:
     ack: int
     """The newest sequence number that has been merged."""
     counters: Mapping[str, float] = field(default_factory=dict)
-    """Counters, after the merge, of the clients in the report and of those the replica asked for."""
+    """Counters, after the merge, of the clients that the report names."""
     need_full: bool = False
     """The actor does not know this incarnation (restart): send a full report."""

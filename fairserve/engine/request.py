@@ -87,3 +87,5 @@ class RequestOutput:
     """The stop string or token id that ended the text, None for the end-of-sequence token or another reason."""
     error: str | None = None
     """With finish_reason 'error': what happened."""
+    waited_s: float | None = None
+    """Seconds from the router to the grant, in the first output of a request; None where nobody measured it."""

@@ -1,0 +1,85 @@
+"""The ledger: what every client has received, merged from the replicas' cumulative totals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fairserve.dispatch.messages import NOTHING, StepReport, Totals
+
+
+@dataclass(slots=True)
+class _Book:
+    """Newest totals of one incarnation of one replica."""
+
+    seq: int = 0
+    totals: dict[str, Totals] = field(default_factory=dict)
+
+
+class Ledger:
+    """Applies differences of cumulative totals: a lost report is made good by the next, a repeated or overtaken one
+    changes nothing. Books of dead incarnations are kept, so that a late report after a partition is still merged
+    right, up to ``max_books``; then the longest silent one goes."""
+
+    def __init__(self, max_books: int = 10_000) -> None:
+        self._books: dict[tuple[str, int], _Book] = {}
+        self._totals: dict[str, Totals] = {}
+        self._max_books = max_books
+
+    def totals(self, client: str) -> Totals:
+        """Everything this client has received, over all replicas that ever reported."""
+        return self._totals.get(client, NOTHING)
+
+    def clients(self) -> Mapping[str, Totals]:
+        return self._totals
+
+    def ack(self, replica: str, incarnation: int) -> int:
+        """The newest merged sequence number of that incarnation, 0 for none."""
+        book = self._books.get((replica, incarnation))
+        return book.seq if book else 0
+
+    def merge(self, report: StepReport) -> dict[str, Totals] | None:
+        """Take a report in. Returns what it adds per client, or None when it is a repeat or was overtaken."""
+        key = (report.replica, report.incarnation)
+        book = self._books.pop(key, None) or _Book()
+        self._books[key] = book
+        if report.seq <= book.seq:
+            return None
+        book.seq = report.seq
+        added = {}
+        for client, totals in report.totals.items():
+            difference = totals - book.totals.get(client, NOTHING)
+            if difference != NOTHING:
+                book.totals[client] = totals
+                self._totals[client] = self.totals(client) + difference
+                added[client] = difference
+        while len(self._books) > self._max_books:
+            del self._books[next(iter(self._books))]
+        return added
+
+    def dump(self) -> dict[str, Any]:
+        """Plain values for a snapshot."""
+        return {
+            "totals": {client: _row(totals) for client, totals in self._totals.items()},
+            "books": [
+                [replica, incarnation, book.seq, {client: _row(totals) for client, totals in book.totals.items()}]
+                for (replica, incarnation), book in self._books.items()
+            ],
+        }
+
+    def load(self, data: Mapping[str, Any]) -> None:
+        """Take over what :meth:`dump` gave."""
+        self._totals = {client: Totals(*row) for client, row in data["totals"].items()}
+        self._books = {
+            (replica, incarnation): _Book(seq, {client: Totals(*row) for client, row in totals.items()})
+            for replica, incarnation, seq, totals in data["books"]
+        }
+
+    def check(self) -> None:
+        for client, totals in self._totals.items():
+            assert totals.num_input >= totals.num_cached >= 0 and totals.num_output >= 0, (client, totals)
+
+
+def _row(totals: Totals) -> list[float]:
+    return [totals.num_input, totals.num_cached, totals.num_output, totals.service]

@@ -1,0 +1,281 @@
+"""The replica's side of the protocol: the local queue, the charges, and the reports that carry them.
+
+:class:`LocalBook` lives on the engine thread and implements the engine's two hooks (``engine/hooks.py``).
+:class:`Reporter` lives where the reports are sent from. Between them travel frozen :class:`BookEvents`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from fairserve.dispatch.messages import NOTHING, ReportReply, StepReport, Totals
+from fairserve.fairness.cost import CostFunction
+from fairserve.fairness.policy import Policy
+from fairserve.fairness.queue import FairQueue
+
+
+class LocalRequest(Protocol):
+    """What the book needs to know of a request."""
+
+    @property
+    def request_id(self) -> str: ...
+    @property
+    def client(self) -> str: ...
+    @property
+    def weight(self) -> float: ...
+
+
+@dataclass(frozen=True, slots=True)
+class BookEvents:
+    """What changed since the last take: cumulative totals of the clients charged, and request ids by event."""
+
+    totals: Mapping[str, Totals]
+    received: tuple[str, ...]
+    started: tuple[str, ...]
+    finished: tuple[str, ...]
+    weights: Mapping[str, float]
+    clients: tuple[str, ...]
+    """Every client with a request on the replica."""
+
+
+@dataclass(slots=True)
+class _Open:
+    client: str
+    num_input: int = 0
+    num_cached: int = 0
+    num_output: int = 0
+    service: float = 0.0
+
+
+class LocalBook:
+    """Orders the replica's waiting requests by the cluster's policy and counters, and charges what is served.
+
+    A counter here is the authority's newest answer plus what was charged here since the report it answered: the
+    replica stays fair by itself while the authority cannot be reached.
+    """
+
+    def __init__(self, policy: Policy, cost: CostFunction) -> None:
+        self._queue: FairQueue[LocalRequest] = FairQueue(policy)
+        self._cost = cost
+        self._open: dict[str, _Open] = {}
+        self._num_open: dict[str, int] = {}
+        self._totals: dict[str, Totals] = {}
+        self._changed: set[str] = set()
+        self._received: list[str] = []
+        self._started: list[str] = []
+        self._finished: list[str] = []
+        self._num_arrived = 0
+        self._num_returned = 0
+
+    # -- WaitingQueue -----------------------------------------------------------------------------------------------
+
+    def push(self, request: LocalRequest) -> None:
+        self._num_arrived += 1
+        self._queue.table.register(request.client, request.weight)
+        self._queue.arrive(request.client, request.request_id, request, self._num_arrived)
+
+    def push_front(self, request: LocalRequest) -> None:
+        self._num_returned += 1
+        self._queue.arrive(request.client, request.request_id, request, -self._num_returned, lift=False)
+
+    def peek(self) -> LocalRequest | None:
+        return self._queue.peek()
+
+    def pop(self) -> LocalRequest:
+        return self._queue.pop()
+
+    def remove(self, request_id: str) -> LocalRequest | None:
+        return self._queue.remove(request_id)
+
+    def counter(self, client: str) -> float:
+        return self._queue.counter(client)
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    # -- Account ----------------------------------------------------------------------------------------------------
+
+    def received(self, request: LocalRequest) -> None:
+        assert request.request_id not in self._open, f"{request.request_id} is here already"
+        self._open[request.request_id] = _Open(request.client)
+        self._num_open[request.client] = self._num_open.get(request.client, 0) + 1
+        self._received.append(request.request_id)
+
+    def started(self, request_id: str, num_input: int, num_cached: int) -> None:
+        entry = self._open[request_id]
+        assert entry.num_input == 0, f"{request_id} was charged its input already"
+        self._started.append(request_id)
+        self._charge(entry, num_input, num_cached, 0)
+
+    def output(self, request_id: str, num_tokens: int) -> None:
+        self._charge(self._open[request_id], 0, 0, num_tokens)
+
+    def refund_input(self, request_id: str, num_tokens: int) -> None:
+        entry = self._open[request_id]
+        self._charge(entry, -num_tokens, 0, 0)
+        assert entry.num_input >= entry.num_cached
+
+    def finished(self, request_id: str) -> None:
+        client = self._open.pop(request_id).client
+        self._num_open[client] -= 1
+        if not self._num_open[client]:
+            del self._num_open[client]
+        self._finished.append(request_id)
+
+    def _charge(self, entry: _Open, num_input: int, num_cached: int, num_output: int) -> None:
+        entry.num_input += num_input
+        entry.num_cached += num_cached
+        entry.num_output += num_output
+        service = self._cost.service(entry.num_input, entry.num_output, entry.num_cached)
+        step = Totals(num_input, num_cached, num_output, service - entry.service)
+        entry.service = service
+        self._totals[entry.client] = self._totals.get(entry.client, NOTHING) + step
+        self._changed.add(entry.client)
+        self._queue.charge(entry.client, step.service)
+
+    # -- exchange with the reporter -----------------------------------------------------------------------------------
+
+    def take_events(self) -> BookEvents:
+        """What changed since the last call."""
+        events = BookEvents(
+            {client: self._totals[client] for client in self._changed},
+            tuple(self._received),
+            tuple(self._started),
+            tuple(self._finished),
+            {client: self._queue.table.weight(client) for client in self._changed},
+            tuple(self._num_open),
+        )
+        self._changed = set()
+        self._received, self._started, self._finished = [], [], []
+        return events
+
+    def apply_counters(self, counters: Mapping[str, float], reported: Mapping[str, float]) -> None:
+        """The authority's counters, as of a report that carried ``reported`` service per client; what was charged here
+        since is put on top."""
+        for client, counter in counters.items():
+            since = self._totals.get(client, NOTHING).service - reported.get(client, 0.0)
+            self._queue.set_counter(client, counter + since / self._queue.table.weight(client))
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        return tuple(self._open)
+
+    def check(self) -> None:
+        self._queue.check()
+        assert all(totals.num_input >= totals.num_cached for totals in self._totals.values())
+
+
+@dataclass(slots=True)
+class _Unacknowledged:
+    """What the authority may not have seen yet."""
+
+    clients: set[str] = field(default_factory=set)
+    received: list[str] = field(default_factory=list)
+    started: list[str] = field(default_factory=list)
+    finished: list[str] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.clients or self.received or self.started or self.finished)
+
+    def before(self, later: _Unacknowledged) -> _Unacknowledged:
+        return _Unacknowledged(
+            self.clients | later.clients,
+            self.received + later.received,
+            self.started + later.started,
+            self.finished + later.finished,
+        )
+
+
+class Reporter:
+    """Composes reports, one in flight: whatever no reply has acknowledged is in the next one again."""
+
+    def __init__(self, replica: str, incarnation: int) -> None:
+        self._replica = replica
+        self._incarnation = incarnation
+        self._seq = 0
+        self.epoch = 0
+        """The authority's epoch, 0 before its first reply."""
+        self._full_due = False
+        self._totals: dict[str, Totals] = {}
+        self._weights: dict[str, float] = {}
+        self._held: dict[str, None] = {}
+        self._clients: tuple[str, ...] = ()
+        self._new = _Unacknowledged()
+        self._in_flight: _Unacknowledged | None = None
+        self._reported: dict[str, float] = {}
+        self.num_epochs = 0
+
+    def add(self, events: BookEvents) -> None:
+        self._totals.update(events.totals)
+        self._weights.update(events.weights)
+        self._clients = events.clients
+        self._new = self._new.before(
+            _Unacknowledged(set(events.totals), list(events.received), list(events.started), list(events.finished))
+        )
+        self._held.update(dict.fromkeys(events.received))
+        for request_id in events.finished:
+            self._held.pop(request_id, None)
+
+    @property
+    def has_news(self) -> bool:
+        return bool(self._new) or self._full_due or (self._in_flight is not None and bool(self._in_flight))
+
+    @property
+    def unmerged(self) -> int:
+        """Clients whose newest charges the authority has not acknowledged."""
+        return len(self._new.clients | (self._in_flight.clients if self._in_flight else set()))
+
+    def compose(
+        self,
+        *,
+        free_kv_tokens: int,
+        free_slots: int,
+        kv_capacity_tokens: int,
+        max_slots: int,
+        num_running: int = 0,
+        num_waiting: int = 0,
+    ) -> StepReport:
+        """The next report; also what was in one whose reply never came."""
+        if self._in_flight is not None:
+            self._new = self._in_flight.before(self._new)
+        self._in_flight, self._new = self._new, _Unacknowledged()
+        self._seq += 1
+        sent = set(self._totals) if self._full_due else self._in_flight.clients
+        self._reported = {client: self._totals.get(client, NOTHING).service for client in {*sent, *self._clients}}
+        return StepReport(
+            replica=self._replica,
+            incarnation=self._incarnation,
+            seq=self._seq,
+            epoch=self.epoch,
+            free_kv_tokens=free_kv_tokens,
+            free_slots=free_slots,
+            kv_capacity_tokens=kv_capacity_tokens,
+            max_slots=max_slots,
+            totals={client: self._totals[client] for client in sent},
+            received=tuple(self._in_flight.received),
+            started=tuple(self._in_flight.started),
+            finished=tuple(self._in_flight.finished),
+            is_full=self._full_due,
+            held=tuple(self._held) if self._full_due else (),
+            clients=self._clients,
+            num_running=num_running,
+            num_waiting=num_waiting,
+            weights={client: self._weights.get(client, 1.0) for client in sent},
+        )
+
+    def replied(self, reply: ReportReply) -> dict[str, float] | None:
+        """Take in the reply to the report composed last. Returns, for :meth:`LocalBook.apply_counters`, the service
+        per client of this incarnation that the counters include; None for a reply to be ignored."""
+        if reply.epoch < self.epoch:
+            return None  # from an authority that is no more
+        if reply.epoch > self.epoch:
+            self.num_epochs += 1
+            self._full_due = reply.need_full
+            self.epoch = reply.epoch
+        elif reply.ack >= self._seq:
+            self._full_due = False
+        if reply.ack >= self._seq and not self._full_due:
+            self._in_flight = None
+        return self._reported
