@@ -20,7 +20,13 @@ NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 class Strict(BaseModel):
     """Refuses unknown fields, and names the nearest known one."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
+        hide_input_in_errors=True,  # the input may hold an API key
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -61,9 +67,10 @@ class DispatchConfig(Strict):
     lookahead: Annotated[int, Field(ge=0)] = 1
     """Requests granted to a replica beyond its running slots, so that a freed slot is refilled without a round
     trip to the counter actor."""
-    reserve_output_tokens: Annotated[int, Field(ge=0)] | None = None
-    """KV tokens reserved at the grant for the output of a request: min(max_tokens, this). null reserves all of
-    max_tokens: then a replica never runs out of KV blocks, at the price of a smaller batch."""
+    reserve_output_tokens: Annotated[int, Field(ge=0)] | None = 512
+    """KV tokens reserved at the grant for the output of a request: min(max_tokens, this). A request that outgrows it
+    may be preempted and recomputed (never charged twice). null reserves all of max_tokens: then a replica never runs
+    out of KV blocks, at the price of a smaller batch."""
     max_waiting: PositiveInt = 10_000
     """Requests that may wait in the whole cluster; more are refused with 429."""
     max_waiting_per_client: PositiveInt = 2_000
@@ -94,6 +101,8 @@ class CounterConfig(Strict):
     totals of the living replicas."""
     snapshot_s: Annotated[float, Field(gt=0, le=60)] = 1.0
     """Seconds between snapshots."""
+    idle_ttl_s: PositiveFloat = 600.0
+    """Seconds without any replica and router after which the actor ends itself (`serve delete` does not end it)."""
     pin_to_head: bool = True
     """Keep the actor on the head node, as Ray Serve keeps its controller."""
 
@@ -121,8 +130,8 @@ class EngineConfig(Strict):
     max_num_batched_tokens: PositiveInt = 256
     """Tokens one step may compute: every running request's next token first, then prompt chunks."""
     kv_cache_tokens: PositiveInt | None = None
-    """Tokens the KV cache of one replica holds. null: on a CPU min(max_num_seqs, 8) * max_model_len, on a GPU what
-    gpu_memory_fraction leaves."""
+    """Tokens the KV cache of one replica holds, at least max_model_len. null: on a CPU the larger of max_model_len
+    and 16,384, on a GPU what gpu_memory_fraction leaves."""
     block_size: PositiveInt = 16
     """Tokens in one KV block."""
     gpu_memory_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9

@@ -355,6 +355,11 @@ class Dispatcher:
         """Watch the gap of clients whose service or backlog changed."""
         self.gaps.observe({client: self._scaled_service.get(client, 0.0) for client in changed}, self.queue.is_waiting)
 
+    @property
+    def is_idle(self) -> bool:
+        """No router and no replica is known."""
+        return not self._sessions and not len(self.capacity)
+
     def status(self, now_s: float) -> dict[str, Any]:
         """A plain picture for people: clients, replicas, gap and bound. Amounts are service / weight where named so."""
         running: dict[str, int] = {}

@@ -1,0 +1,67 @@
+"""Entry points for Ray Serve: ``fairserve.app:app`` and ``fairserve.app:build_app``."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from ray import serve
+from ray.serve.config import RequestRouterConfig
+from ray.serve.handle import DeploymentHandle
+
+from fairserve.cluster.backend import HandleBackend
+from fairserve.cluster.counter_actor import without_keys
+from fairserve.cluster.replica import ModelReplica
+from fairserve.cluster.router import FairRouter
+from fairserve.config import FairServeArgs
+
+MAX_ONGOING = 100_000
+"""Requests Serve lets into one process: the limits that count are the dispatcher's and the engine's."""
+
+
+class Ingress:
+    """The HTTP door: tokenizes, names the client, and asks the model replicas through the fair router."""
+
+    async def __init__(self, args_json: str, model: DeploymentHandle) -> None:  # type: ignore[misc]
+        from fairserve.api.service import OpenAIService
+        from fairserve.engine.loading import load_tokenizer
+
+        args = FairServeArgs.model_validate_json(args_json)
+        backend = HandleBackend(model)
+        tokenizer = await asyncio.to_thread(load_tokenizer, args.model)
+        limits = await backend.limits()
+        self._service = OpenAIService(args, backend, tokenizer, limits.max_model_len)
+
+    def __serve_build_asgi_app__(self) -> Any:
+        from fairserve.api.app import create_app
+
+        return create_app(lambda: self._service)
+
+
+def build_app(args: FairServeArgs) -> serve.Application:
+    """The application: an HTTP ingress in front of model replicas that the counter actor grants requests to."""
+    model = serve.deployment(
+        ModelReplica,
+        name="Model",
+        num_replicas=args.num_replicas,
+        max_ongoing_requests=MAX_ONGOING,
+        max_queued_requests=-1,
+        graceful_shutdown_timeout_s=args.max_generation_s,
+        ray_actor_options={"num_cpus": args.num_cpus_per_replica, "num_gpus": args.num_gpus_per_replica},
+        request_router_config=RequestRouterConfig(
+            request_router_class=FairRouter, request_router_kwargs={"counter": args.counter.model_dump()}
+        ),
+    ).bind(without_keys(args).model_dump_json())
+    ingress = serve.deployment(
+        serve.ingress()(Ingress),
+        name="Ingress",
+        num_replicas=args.num_ingress_replicas,
+        max_ongoing_requests=MAX_ONGOING,
+        max_queued_requests=-1,
+        graceful_shutdown_timeout_s=args.max_generation_s,
+        ray_actor_options={"num_cpus": 0.1},
+    )
+    return ingress.bind(args.model_dump_json(), model)
+
+
+app = build_app(FairServeArgs())

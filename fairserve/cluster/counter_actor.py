@@ -1,0 +1,219 @@
+"""The counter actor: one Dispatcher behind a named, detached, restartable Ray actor.
+
+:class:`CounterService` is a plain asyncio object, so that a test can hold one without Ray; :func:`start_counter_actor`
+puts the shell round it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from fairserve.clock import Clock, SystemClock
+from fairserve.config import ApiConfig, CostConfig, CounterConfig, DispatchConfig, FairnessConfig, FairServeArgs
+from fairserve.dispatch.dispatcher import Dispatcher, DispatchLimits
+from fairserve.dispatch.messages import ReportReply, RouterCall, RouterReply, StepReport
+from fairserve.dispatch.store import SqliteStore
+from fairserve.fairness.cost import CostFunction, KvTokenTime, ProfiledQuadratic, WeightedTokens
+from fairserve.fairness.policy import Policy, make_policy
+
+logger = logging.getLogger(__name__)
+
+TICK_S = 0.1
+MAX_CONCURRENCY = 10_000
+"""Calls the actor may hold at once: two per router and one per replica. Ray's default of 1,000 deadlocks when it is
+reached, because a report then waits behind the polls that wait for it."""
+HEAD_NODE_RESOURCE = "node:__internal_head__"
+
+
+def make_cost(config: CostConfig) -> CostFunction:
+    """The cost function that a configuration names."""
+    if config.kind == "weighted_tokens":
+        return WeightedTokens(config.input_weight, config.output_weight, config.cached_fraction)
+    if config.kind == "profiled_quadratic":
+        return ProfiledQuadratic(cached_fraction=config.cached_fraction)
+    return KvTokenTime(cached_fraction=config.cached_fraction)
+
+
+def policy_of(config: FairnessConfig) -> Policy:
+    """A new policy object of the configured name."""
+    return make_policy(config.policy, config.rpm_limit)
+
+
+def limits_of(config: DispatchConfig) -> DispatchLimits:
+    return DispatchLimits(**config.model_dump())
+
+
+class CounterService:
+    """Forwards to the Dispatcher; adds waiting (long polls), the clock and snapshots. Decides nothing."""
+
+    def __init__(
+        self,
+        args_json: str,
+        *,
+        clock: Clock | None = None,
+        epoch: int | None = None,
+        on_idle: Callable[[], None] | None = None,
+    ) -> None:
+        self._args = FairServeArgs.model_validate_json(args_json)
+        self._clock = clock or SystemClock()
+        self._config: CounterConfig = self._args.counter
+        self._on_idle = on_idle
+        self._dispatcher = self._new_dispatcher(self._args, epoch or time.time_ns())
+        self._store = SqliteStore(self._config.snapshot_path) if self._config.snapshot_path else None
+        self._restore()
+        self._wake: dict[str, asyncio.Event] = {}
+        self._ticking: asyncio.Task[None] | None = None
+        self._saved_s = self._busy_s = self._clock.now_s()
+
+    # -- the protocol -------------------------------------------------------------------------------------------------
+
+    async def route(self, call: RouterCall) -> RouterReply:
+        """Submits, cancels, declined grants; see :meth:`Dispatcher.route`."""
+        reply = self._dispatcher.route(call, self._now_s())
+        self._wake_routers()
+        return reply
+
+    async def poll(self, call: RouterCall) -> RouterReply:
+        """Grants for this router, as soon as there are any, at the latest after ``poll_s``."""
+        event = self._wake.setdefault(call.router, asyncio.Event())
+        event.clear()
+        reply = self._dispatcher.poll(call, self._now_s())
+        if reply.grants or reply.resubmit:
+            return reply
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._config.poll_s):
+                await event.wait()
+        return self._dispatcher.poll(call, self._now_s())
+
+    async def report(self, report: StepReport) -> ReportReply:
+        """A replica's totals and events; see :meth:`Dispatcher.report`."""
+        reply = self._dispatcher.report(report, self._now_s())
+        self._wake_routers()
+        return reply
+
+    # -- for people ---------------------------------------------------------------------------------------------------
+
+    async def status(self) -> dict[str, Any]:
+        """A plain picture of clients, replicas, gap and bound."""
+        return self._dispatcher.status(self._now_s())
+
+    async def configure(self, args_json: str) -> int:
+        """Take over the fairness and dispatch settings of a new deployment. Counters stay; a change of settings begins
+        a new epoch, so that routers submit again and replicas report in full. Returns the epoch."""
+        args = FairServeArgs.model_validate_json(args_json)
+        if (args.fairness, args.dispatch) != (self._args.fairness, self._args.dispatch):
+            snapshot = self._dispatcher.dump()
+            self._dispatcher = self._new_dispatcher(args, max(time.time_ns(), self._dispatcher.epoch + 1))
+            self._dispatcher.load(snapshot)
+            for event in self._wake.values():
+                event.set()
+        self._args, self._config = args, args.counter
+        return self._dispatcher.epoch
+
+    async def ping(self) -> int:
+        """The epoch."""
+        self._now_s()
+        return self._dispatcher.epoch
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _new_dispatcher(self, args: FairServeArgs, epoch: int) -> Dispatcher:
+        fairness = args.fairness
+        return Dispatcher(policy_of(fairness), make_cost(fairness.cost), limits_of(args.dispatch), epoch=epoch)
+
+    def _restore(self) -> None:
+        if self._store is None:
+            return
+        try:
+            snapshot = self._store.load()
+            if snapshot is not None:
+                self._dispatcher.load(snapshot)
+        except ValueError as error:
+            logger.error("%s; set aside as %s, counters start from the replicas' totals", error, self._store.set_aside())
+
+    def _now_s(self) -> float:
+        if self._ticking is None:
+            self._ticking = asyncio.get_running_loop().create_task(self._tick())
+        return self._clock.now_s()
+
+    def _wake_routers(self) -> None:
+        for router in self._dispatcher.take_routers_to_wake():
+            if router in self._wake:
+                self._wake[router].set()
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            now_s = self._clock.now_s()
+            self._dispatcher.tick(now_s)
+            self._wake_routers()
+            if self._store is not None and now_s - self._saved_s >= self._config.snapshot_s:
+                self._saved_s = now_s
+                await self._save(self._store)
+            if self._dispatcher.is_idle:
+                if now_s - self._busy_s > self._config.idle_ttl_s and self._on_idle is not None:
+                    self._on_idle()
+            else:
+                self._busy_s = now_s
+
+    async def _save(self, store: SqliteStore) -> None:
+        try:
+            await asyncio.to_thread(store.save, self._dispatcher.dump())
+        except Exception:
+            logger.exception("the counters could not be saved")
+
+
+def end_this_actor() -> None:
+    """End the actor this runs in, for good: no restart."""
+    import ray
+
+    ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
+
+
+def start_counter_actor(args: FairServeArgs) -> Any:
+    """The handle of the counter actor of these settings; creates it when it is not there. Blocks on Ray.
+
+    Plain, named and detached, restarted for ever, its calls never retried by Ray (a retry would run twice); Serve's
+    ``deployment_actors`` would restart it empty on every roll-out.
+    """
+    import ray
+
+    config = args.counter
+    pinned = config.pin_to_head and HEAD_NODE_RESOURCE in ray.cluster_resources()
+    actor = (
+        ray.remote(CounterService)
+        .options(
+            name=config.name,
+            namespace=config.namespace,
+            lifetime="detached",
+            get_if_exists=True,
+            max_restarts=-1,
+            max_task_retries=0,
+            max_concurrency=MAX_CONCURRENCY,
+            num_cpus=0,
+            resources={HEAD_NODE_RESOURCE: 0.001} if pinned else None,
+        )
+        .remote(without_keys(args).model_dump_json(), on_idle=end_this_actor)
+    )
+    return actor
+
+
+def without_keys(args: FairServeArgs) -> FairServeArgs:
+    """The same settings without the API section, which holds secrets: only the ingress needs it."""
+    return args.model_copy(update={"api": ApiConfig()})
+
+
+def find_counter_actor(config: CounterConfig) -> Any:
+    """The handle of the running counter actor.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    import ray
+
+    return ray.get_actor(config.name, namespace=config.namespace)

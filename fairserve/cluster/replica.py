@@ -1,0 +1,212 @@
+"""The model replica: an engine thread, its local book, and the reporter that tells the counter actor."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from fairserve.clock import Clock, SystemClock
+from fairserve.cluster.counter_actor import make_cost, policy_of, start_counter_actor, without_keys
+from fairserve.cluster.counter_client import RETRY_S, CounterLink, CounterTransport, RayTransport
+from fairserve.cluster.outputs import OutputStream
+from fairserve.config import FairServeArgs
+from fairserve.dispatch.replica_book import BookEvents, LocalBook, Reporter
+from fairserve.engine.events import Limits, StepEvents
+from fairserve.engine.request import GenerateRequest, RequestOutput
+from fairserve.errors import ReplicaFailed
+
+logger = logging.getLogger(__name__)
+
+SWITCH_INTERVAL_S = 0.0005
+"""Python's thread switch interval: at the default 5 ms the event loop wakes late beside an engine thread."""
+
+
+class ReplicaCore:
+    """One engine on its thread, seen from an event loop; knows nothing of Ray.
+
+    ``engine_loop`` is an :class:`~fairserve.engine.loop.EngineLoop` whose ``on_step`` is :meth:`on_step`.
+    """
+
+    def __init__(
+        self, name: str, limits: Limits, book: LocalBook, transport: CounterTransport, args: FairServeArgs, clock: Clock
+    ) -> None:
+        self.limits = limits
+        self._book = book
+        self._transport = transport
+        self._config = args.counter
+        self._link = CounterLink(args.counter, clock)
+        self._reporter = Reporter(name, time.time_ns())
+        self._streams: dict[str, OutputStream] = {}
+        self._newest = StepEvents(free_kv_tokens=limits.kv_capacity_tokens, free_slots=limits.max_num_seqs)
+        self._news = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._engine_loop: Any = None
+        self._reporting: asyncio.Task[None] | None = None
+
+    def start(self, engine_loop: Any) -> None:
+        self._engine_loop = engine_loop
+        engine_loop.start()
+        self._reporting = self._loop.create_task(self._report_for_ever())
+
+    async def stop(self) -> None:
+        """End the engine and say goodbye with a last report."""
+        await asyncio.to_thread(self._engine_loop.stop, 10.0)
+        if self._reporting is not None:
+            self._reporting.cancel()
+            await asyncio.gather(self._reporting, return_exceptions=True)
+        await asyncio.sleep(0)  # the last step's events were handed to this loop
+        if self._reporter.has_news:
+            await self._report()
+
+    async def generate(self, request: GenerateRequest, waited_s: float | None = None) -> AsyncIterator[RequestOutput]:
+        """Run one request; outputs of several steps are merged when the reader is slow. Closing it aborts.
+
+        Raises:
+            ReplicaFailed: the engine failed this request.
+        """
+        stream = self._streams[request.request_id] = OutputStream(waited_s)
+        self._engine_loop.submit(request)
+        finished = False
+        try:
+            async for output in stream:
+                finished = output.finish_reason is not None
+                if output.finish_reason == "error":
+                    raise ReplicaFailed(output.error or "the engine failed")
+                yield output
+        finally:
+            del self._streams[request.request_id]
+            if not finished:
+                self._engine_loop.abort(request.request_id)
+
+    @property
+    def num_streams(self) -> int:
+        return len(self._streams)
+
+    @property
+    def is_healthy(self) -> bool:
+        return bool(self._engine_loop.is_alive())
+
+    # -- engine thread ------------------------------------------------------------------------------------------------
+
+    def on_step(self, events: StepEvents) -> None:
+        """One crossing to the event loop per step."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+            self._loop.call_soon_threadsafe(self._take, events, self._book.take_events())
+
+    # -- event loop -----------------------------------------------------------------------------------------------------
+
+    def _take(self, events: StepEvents, book: BookEvents) -> None:
+        self._newest = events
+        self._reporter.add(book)
+        for output in events.outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is not None:
+                stream.put(output)
+        if self._reporter.has_news:
+            self._news.set()
+
+    async def _report_for_ever(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._config.heartbeat_s):
+                    await self._news.wait()
+            self._news.clear()
+            if not await self._report():
+                await asyncio.sleep(RETRY_S)
+
+    async def _report(self) -> bool:
+        """One report, and its reply into the local book; False when none came."""
+        newest = self._newest
+        report = self._reporter.compose(
+            free_kv_tokens=newest.free_kv_tokens,
+            free_slots=newest.free_slots,
+            kv_capacity_tokens=self.limits.kv_capacity_tokens,
+            max_slots=self.limits.max_num_seqs,
+            num_running=newest.num_running,
+            num_waiting=newest.num_waiting,
+        )
+        reply = await self._link.call(lambda: self._transport.report(report))
+        if reply is None:
+            return False
+        reported = self._reporter.replied(reply)
+        if reported is not None and reply.counters:
+            self._engine_loop.call(lambda: self._book.apply_counters(reply.counters, reported))
+        if self._reporter.has_news:
+            self._news.set()
+        return True
+
+
+class ModelReplica:
+    """The Serve deployment class: builds a :class:`ReplicaCore` round the configured model."""
+
+    async def __init__(self, args_json: str) -> None:  # type: ignore[misc]
+        from ray import serve
+
+        from fairserve.engine.engine import build_engine
+        from fairserve.engine.loop import EngineLoop
+
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        args = FairServeArgs.model_validate_json(args_json)
+        actor = await asyncio.to_thread(_begin, args)
+        clock = SystemClock()
+        book = LocalBook(policy_of(args.fairness), make_cost(args.fairness.cost))
+        engine = await asyncio.to_thread(
+            build_engine,
+            args.model,
+            args.engine,
+            reserve_output_tokens=args.dispatch.reserve_output_tokens,
+            queue=book,
+            account=book,
+            num_threads=num_threads(args),
+            clock=clock,
+        )
+        name = serve.get_replica_context().replica_id.unique_id
+        transport = RayTransport(lambda: start_counter_actor(args), actor)
+        self._core = ReplicaCore(name, engine.limits, book, transport, args, clock)
+        self._core.start(EngineLoop(engine, self._core.on_step))
+
+    async def generate(self, request: GenerateRequest, waited_s: float | None = None) -> AsyncIterator[RequestOutput]:
+        """See :meth:`ReplicaCore.generate`."""
+        async for output in self._core.generate(request, waited_s):
+            yield output
+
+    async def limits(self) -> Limits:
+        """What this replica's engine can hold."""
+        return self._core.limits
+
+    async def check_health(self) -> None:
+        """
+        Raises:
+            RuntimeError: the engine thread is gone; Serve then replaces the replica.
+        """
+        if not self._core.is_healthy:
+            raise RuntimeError("the engine thread has ended")
+
+    async def __del__(self) -> None:
+        core = getattr(self, "_core", None)
+        if core is not None:
+            await core.stop()
+
+
+def _begin(args: FairServeArgs) -> Any:
+    """Start the counter actor, or hand it this deployment's settings."""
+    import ray
+
+    actor = start_counter_actor(args)
+    with contextlib.suppress(ray.exceptions.RayError):  # it may be restarting: it was started with its own settings
+        ray.get(actor.configure.remote(without_keys(args).model_dump_json()), timeout=30)
+    return actor
+
+
+def num_threads(args: FairServeArgs, cores: Callable[[], int | None] = os.cpu_count) -> int:
+    """Torch threads of one replica on a CPU, when the configuration leaves it open."""
+    if args.engine.num_threads is not None:
+        return args.engine.num_threads
+    return max(1, (cores() or 1) // args.num_replicas)
+

@@ -1,0 +1,115 @@
+"""FairRouter: Ray Serve's door to the counter actor, in the ingress's handle.
+
+Serve pickles this module by value, so it stays thin: everything shared is imported inside methods. It overrides
+``_choose_replica_for_request``, the same private hook as Ray's own ``serve/experimental/capacity_queue_router.py``;
+``tests/cluster/test_ray_contract.py`` tells when Ray moves it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+import uuid
+from typing import Any
+
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+
+REPLICA_WAIT_S = 1.0
+"""How long a grant waits for its replica to become known here (it may be just starting)."""
+
+
+class FairRouter(RequestRouter):
+    """Waits for a grant, then sends the request to the granted replica; without the counter actor, to the less loaded
+    of two random replicas, whose local queue is fair by itself.
+
+    ``request_router_kwargs``: ``counter``, a ``CounterConfig`` as a dict.
+    """
+
+    def initialize_state(self, **kwargs: Any) -> None:
+        from fairserve.clock import SystemClock
+        from fairserve.cluster.counter_actor import find_counter_actor
+        from fairserve.cluster.counter_client import RayTransport, RouterClient
+        from fairserve.config import CounterConfig
+        from fairserve.dispatch.router_book import RouterBook
+
+        config = CounterConfig.model_validate(kwargs["counter"])
+        self._client = RouterClient(
+            RouterBook(f"router-{uuid.uuid4().hex}", time.time_ns()),
+            RayTransport(lambda: find_counter_actor(config)),
+            config,
+            SystemClock(),
+        )
+        self._random = random.Random()
+        self._by_name: dict[str, ReplicaID] = {}
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        super().update_replicas(replicas)
+        self._by_name = {replica_id.unique_id: replica_id for replica_id in self._replicas}
+
+    async def _choose_replica_for_request(
+        self, pending_request: PendingRequest, *, is_retry: bool = False
+    ) -> RunningReplica:
+        from dataclasses import replace
+
+        from fairserve.dispatch.messages import Submit
+        from fairserve.engine.request import GenerateRequest
+
+        await self._wait_for_any_replica()
+        request = pending_request.args[0] if pending_request.args else None
+        if not isinstance(request, GenerateRequest):
+            return self._less_loaded()
+        submit = Submit(
+            request.request_id,
+            request.client,
+            request.num_input,
+            request.sampling.max_tokens,
+            request.weight,
+            request.max_waiting,
+        )
+        if is_retry:  # Serve could not hand it to the replica: that grant is void, its place is kept
+            void = getattr(pending_request, "fairserve_grant", None)
+            submit = replace(submit, is_retry=True, waited_s=time.time() - pending_request.created_at)
+            if void is not None:
+                self._client.decline(void)
+        while True:
+            grant = await self._client.acquire(submit)
+            if grant is None:
+                await self._wait_for_any_replica()
+                return self._less_loaded()
+            replica = self._find(grant.replica)
+            if replica is None:
+                await self._wait_for_update(REPLICA_WAIT_S)
+                replica = self._find(grant.replica)
+            if replica is not None:
+                pending_request.fairserve_grant = grant  # type: ignore[attr-defined]
+                pending_request.kwargs["waited_s"] = grant.waited_s
+                return replica
+            self._client.decline(grant)
+            submit = replace(submit, is_retry=True, waited_s=time.time() - pending_request.created_at)
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """Only reached by Serve's ``choose_replica()``; requests come through ``_choose_replica_for_request``."""
+        return [[self._less_loaded()]]
+
+    def _find(self, name: str) -> RunningReplica | None:
+        replica_id = self._by_name.get(name)
+        return None if replica_id is None else self._replicas.get(replica_id)
+
+    def _less_loaded(self) -> RunningReplica:
+        two = self._random.sample(self._replicas_list, min(2, len(self._replicas_list)))
+        return min(two, key=lambda replica: self.replica_queue_len_cache.get(replica.replica_id) or 0)
+
+    async def _wait_for_any_replica(self) -> None:
+        while not self._replicas:
+            await self._wait_for_update(None)
+
+    async def _wait_for_update(self, timeout_s: float | None) -> None:
+        self._replicas_updated_event.clear()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._replicas_updated_event.wait()
+        except TimeoutError:
+            pass
