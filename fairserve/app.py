@@ -1,13 +1,24 @@
-"""Entry points for Ray Serve: ``fairserve.app:app`` and ``fairserve.app:build_app``."""
+"""Entry points for Ray Serve: ``fairserve.app:app`` and ``fairserve.app:build_app``.
+
+::
+
+    serve run fairserve.app:app                          # defaults, or the file that FAIRSERVE_CONFIG names
+    serve run fairserve.app:build_app model=NAME         # one setting a word; num_replicas=4 and so on
+    serve run deployments/local-cpu.yaml                 # a Serve config file with `args`
+"""
 
 from __future__ import annotations
 
 import asyncio
+import os
+from pathlib import Path
 from typing import Any
 
+import yaml
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
 
 from fairserve.cluster.backend import HandleBackend
 from fairserve.cluster.counter_actor import without_keys
@@ -15,8 +26,11 @@ from fairserve.cluster.replica import ModelReplica
 from fairserve.cluster.router import FairRouter
 from fairserve.config import FairServeArgs
 
+CONFIG_VARIABLE = "FAIRSERVE_CONFIG"
 MAX_ONGOING = 100_000
 """Requests Serve lets into one process: the limits that count are the dispatcher's and the engine's."""
+QUIET = LoggingConfig(enable_access_log=False)
+"""Serve's access log costs a line per request and hop; the proxy's own stays on."""
 
 
 class Ingress:
@@ -38,9 +52,9 @@ class Ingress:
         return create_app(lambda: self._service)
 
 
-def build_app(args: FairServeArgs) -> serve.Application:
-    """The application: an HTTP ingress in front of model replicas that the counter actor grants requests to."""
-    model = serve.deployment(
+def build_model(args: FairServeArgs) -> serve.Application:
+    """The model replicas, which the counter actor grants requests to."""
+    return serve.deployment(
         ModelReplica,
         name="Model",
         num_replicas=args.num_replicas,
@@ -48,11 +62,16 @@ def build_app(args: FairServeArgs) -> serve.Application:
         max_queued_requests=-1,
         graceful_shutdown_timeout_s=args.max_generation_s,
         ray_actor_options={"num_cpus": args.num_cpus_per_replica, "num_gpus": args.num_gpus_per_replica},
+        logging_config=QUIET,
         request_router_config=RequestRouterConfig(
             request_router_class=FairRouter, request_router_kwargs={"counter": args.counter.model_dump()}
         ),
     ).bind(without_keys(args).model_dump_json())
-    ingress = serve.deployment(
+
+
+def build_ingress(args: FairServeArgs, model: serve.Application | DeploymentHandle) -> serve.Application:
+    """The HTTP ingress in front of ``model``; several ingresses, also of several applications, may share it."""
+    return serve.deployment(
         serve.ingress()(Ingress),
         name="Ingress",
         num_replicas=args.num_ingress_replicas,
@@ -60,8 +79,21 @@ def build_app(args: FairServeArgs) -> serve.Application:
         max_queued_requests=-1,
         graceful_shutdown_timeout_s=args.max_generation_s,
         ray_actor_options={"num_cpus": 0.1},
-    )
-    return ingress.bind(args.model_dump_json(), model)
+        logging_config=QUIET,
+    ).bind(args.model_dump_json(), model)
 
 
-app = build_app(FairServeArgs())
+def build_app(args: FairServeArgs) -> serve.Application:
+    """The whole application."""
+    return build_ingress(args, build_model(args))
+
+
+def args_from_environment() -> FairServeArgs:
+    """The settings in the YAML or JSON file that FAIRSERVE_CONFIG names; the defaults without it."""
+    path = os.environ.get(CONFIG_VARIABLE)
+    if not path:
+        return FairServeArgs()
+    return FairServeArgs.model_validate(yaml.safe_load(Path(path).expanduser().read_text()) or {})
+
+
+app = build_app(args_from_environment())
