@@ -199,6 +199,8 @@ class RouterClient:
             call = self._book.compose_poll()
             reply = await self._link.call(lambda call=call: self._transport.poll(call))  # type: ignore[misc]
             await self._took(reply, to_poll=True)
+            if reply is not None and reply.resubmit:
+                await asyncio.sleep(RETRY_S)  # polls have nothing to give until all is submitted again
 
     async def _took(self, reply: RouterReply | None, *, to_poll: bool) -> None:
         if reply is not None:
