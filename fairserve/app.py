@@ -7,9 +7,10 @@
     serve run deployments/local-cpu.yaml                 # a Serve config file with `args`
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations` here: Serve reads the builder's annotation to validate `args` into it.
 
 import asyncio
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> Any:
         from fairserve.api.app import create_app
 
-        return create_app(lambda: self._service)
+        return create_app(lambda: self._service, id_from_server=True)
 
 
 def build_model(args: FairServeArgs) -> serve.Application:
@@ -80,12 +81,23 @@ def build_ingress(args: FairServeArgs, model: serve.Application | DeploymentHand
         graceful_shutdown_timeout_s=args.max_generation_s,
         ray_actor_options={"num_cpus": 0.1},
         logging_config=QUIET,
-    ).bind(args.model_dump_json(), model)
+    ).bind(with_hashed_keys(args).model_dump_json(), model)
 
 
 def build_app(args: FairServeArgs) -> serve.Application:
     """The whole application."""
     return build_ingress(args, build_model(args))
+
+
+def with_hashed_keys(args: FairServeArgs) -> FairServeArgs:
+    """The same settings with every clear-text key replaced by its digest: Serve stores and shows arguments."""
+    keys = tuple(
+        key
+        if key.key is None
+        else key.model_copy(update={"key": None, "key_sha256": hashlib.sha256(key.key.encode()).hexdigest()})
+        for key in args.api.keys
+    )
+    return args.model_copy(update={"api": args.api.model_copy(update={"keys": keys})})
 
 
 def args_from_environment() -> FairServeArgs:

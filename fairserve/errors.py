@@ -10,10 +10,13 @@
     |   +-- PromptTooLong           more prompt tokens than the context holds
     |   +-- Unauthenticated         no key, or an unknown key
     |   +-- UnknownModel            no such model is served here
+    |   +-- BodyTooLarge            more bytes than max_body_bytes (HTTP 413)
+    |   +-- WrongContentType        the body is not declared as plain JSON (HTTP 415)
     +-- Refused                     the request is fine, there is no room now (HTTP 429)
     |   +-- ClientQueueFull         this client has too many waiting requests
     |   +-- ClusterQueueFull        the whole cluster has too many waiting requests
     |   +-- RateLimited             policy ``rpm``: too many requests in the window
+    +-- RequestTimeout              not finished within request_timeout_s (HTTP 504)
     +-- ReplicaFailed               the replica died or its engine failed (HTTP 503)
     +-- ProtocolError               two parts of the cluster disagree; a bug
 
@@ -41,7 +44,9 @@ class FairServeError(Exception):
 
 
 def _rebuild(cls: type[FairServeError], fields: dict[str, Any]) -> FairServeError:
-    return cls(**fields)
+    error = cls.__new__(cls)
+    FairServeError.__init__(error, **fields)  # not cls.__init__: its arguments need not be the fields
+    return error
 
 
 class ConfigError(FairServeError):
@@ -107,6 +112,27 @@ class UnknownModel(RequestError):
 
     def __init__(self, model: str, available: str) -> None:
         super().__init__(model=model, available=available, param="model", code="model_not_found")
+
+
+class BodyTooLarge(RequestError):
+    message = "the request body holds more than {limit} bytes"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(limit=limit, param=None, code="body_too_large")
+
+
+class WrongContentType(RequestError):
+    message = "{detail}"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail=detail, param=None, code="wrong_content_type")
+
+
+class RequestTimeout(FairServeError):
+    message = "the request was not finished within {limit_s:g} s and was cancelled"
+
+    def __init__(self, limit_s: float) -> None:
+        super().__init__(limit_s=limit_s)
 
 
 class Refused(FairServeError):

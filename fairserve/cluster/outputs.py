@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 
-from fairserve.engine.request import RequestOutput
+from fairserve.engine.request import RequestOutput, joined
 
 
 class OutputStream:
@@ -22,7 +22,7 @@ class OutputStream:
             self._ready = replace(output, waited_s=self._waited_s)
             self._waited_s = None
         else:
-            self._ready = merge(self._ready, output)
+            self._ready = joined((self._ready, output))
         self._event.set()
 
     def __aiter__(self) -> OutputStream:
@@ -38,13 +38,3 @@ class OutputStream:
         self._is_over = output.finish_reason is not None
         return output
 
-
-def merge(first: RequestOutput, then: RequestOutput) -> RequestOutput:
-    """Two outputs of one request as one."""
-    return replace(
-        then,
-        text=first.text + then.text,
-        token_ids=first.token_ids + then.token_ids,
-        logprobs=first.logprobs + then.logprobs,
-        waited_s=first.waited_s,
-    )

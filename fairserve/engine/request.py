@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -89,3 +90,20 @@ class RequestOutput:
     """With finish_reason 'error': what happened."""
     waited_s: float | None = None
     """Seconds from the router to the grant, in the first output of a request; None where nobody measured it."""
+
+
+def joined(outputs: Sequence[RequestOutput]) -> RequestOutput:
+    """Successive outputs of one request as one."""
+    if len(outputs) == 1:
+        return outputs[0]
+    last = outputs[-1]
+    finish = next((one for one in reversed(outputs) if one.finish_reason is not None), last)
+    return replace(
+        last,
+        text="".join(one.text for one in outputs),
+        token_ids=tuple(token for one in outputs for token in one.token_ids),
+        logprobs=tuple(logprob for one in outputs for logprob in one.logprobs),
+        finish_reason=finish.finish_reason,
+        stop_reason=finish.stop_reason,
+        waited_s=outputs[0].waited_s,
+    )

@@ -1,4 +1,4 @@
-"""What fairserve needs of Ray Serve beyond its public API. A failure here means: read the router again before upgrading."""
+"""What fairserve needs of Ray Serve beyond its public API. When one fails: read the router again."""
 
 from __future__ import annotations
 

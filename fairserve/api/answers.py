@@ -1,0 +1,168 @@
+"""What callers get: the engine's outputs as OpenAI objects (plain dicts; a test validates them with ``openai``)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from fairserve.engine.request import GenerateRequest, RequestOutput, TokenLogprob
+
+MIN_LOGPROB = -9999.0
+"""Stands for a probability of 0, whose logarithm JSON cannot hold (OpenAI's convention)."""
+
+TokenText = Callable[[int], tuple[str, list[int] | None]]
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One HTTP request, checked and tokenized: what to generate and how to answer."""
+
+    response_id: str
+    created_s: int
+    """Unix time."""
+    model: str
+    requests: tuple[GenerateRequest, ...]
+    """Prompt by prompt: choice ``i`` of prompt ``p`` is request ``p * n + i``; that is also its index in the answer."""
+    n: int
+    """Choices per prompt."""
+    stream: bool
+    include_usage: bool
+
+
+class Answer(ABC):
+    """Shapes the outputs of one job. While streaming it remembers which choices have begun."""
+
+    whole_object: ClassVar[str]
+    chunk_object: ClassVar[str]
+
+    def __init__(self, job: Job, token_text: TokenText) -> None:
+        self._job = job
+        self._token_text = token_text
+        self._begun: set[int] = set()
+
+    def whole(self, outputs: Mapping[int, RequestOutput]) -> Json:
+        """The complete answer; ``outputs`` holds everything that was generated, by choice."""
+        choices = [self._choice(index, outputs[index]) for index in sorted(outputs)]
+        return self._envelope(self.whole_object, choices) | {"usage": self.usage(outputs)}
+
+    def chunk(self, index: int, output: RequestOutput) -> Json | None:
+        """One event of a stream, None when there is nothing to say (part of a character, or of a stop string)."""
+        is_first = index not in self._begun
+        if not (is_first or output.text or output.logprobs or output.finish_reason):
+            return None
+        self._begun.add(index)
+        chunk = self._envelope(self.chunk_object, [self._delta(index, output, is_first)])
+        return chunk | {"usage": None} if self._job.include_usage else chunk
+
+    def usage_chunk(self, last: Mapping[int, RequestOutput]) -> Json:
+        """The event after the last, for ``stream_options.include_usage``; ``last`` holds each choice's last output."""
+        return self._envelope(self.chunk_object, []) | {"usage": self.usage(last)}
+
+    def usage(self, outputs: Mapping[int, RequestOutput]) -> Json:
+        """OpenAI's usage: a prompt counts once however many choices it has.
+
+        The client's counter is charged for every sequence, so n = 3 costs three (mostly cached) prompts there.
+        """
+        requests, n = self._job.requests, self._job.n
+        num_prompt = sum(request.num_input for request in requests[::n])
+        num_output = sum(output.usage.num_output for output in outputs.values())
+        num_cached = sum(output.usage.num_cached for index, output in outputs.items() if index % n == 0)
+        return {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_output,
+            "total_tokens": num_prompt + num_output,
+            "prompt_tokens_details": {"cached_tokens": num_cached},
+        }
+
+    def _envelope(self, object_name: str, choices: list[Json]) -> Json:
+        job = self._job
+        return {
+            "id": job.response_id,
+            "object": object_name,
+            "created": job.created_s,
+            "model": job.model,
+            "choices": choices,
+        }
+
+    def _wants_logprobs(self, index: int) -> bool:
+        return self._job.requests[index].sampling.logprobs is not None
+
+    @abstractmethod
+    def _choice(self, index: int, output: RequestOutput) -> Json: ...
+
+    @abstractmethod
+    def _delta(self, index: int, output: RequestOutput, is_first: bool) -> Json: ...
+
+
+class ChatAnswer(Answer):
+    whole_object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def _choice(self, index: int, output: RequestOutput) -> Json:
+        message = {"role": "assistant", "content": output.text, "refusal": None}
+        return {"index": index, "message": message} | self._rest(index, output)
+
+    def _delta(self, index: int, output: RequestOutput, is_first: bool) -> Json:
+        delta: Json = {"role": "assistant", "content": output.text} if is_first else {"content": output.text}
+        return {"index": index, "delta": delta} | self._rest(index, output)
+
+    def _rest(self, index: int, output: RequestOutput) -> Json:
+        logprobs = None
+        if self._wants_logprobs(index):
+            logprobs = {"content": [self._token(one) for one in output.logprobs], "refusal": None}
+        return {"logprobs": logprobs} | _ending(output)
+
+    def _token(self, one: TokenLogprob) -> Json:
+        top = [self._alternative(token_id, logprob) for token_id, logprob in one.top]
+        return self._alternative(one.token_id, one.logprob) | {"top_logprobs": top}
+
+    def _alternative(self, token_id: int, logprob: float) -> Json:
+        text, data = self._token_text(token_id)
+        return {"token": text, "logprob": max(MIN_LOGPROB, logprob), "bytes": data}
+
+
+class CompletionAnswer(Answer):
+    whole_object = "text_completion"
+    chunk_object = "text_completion"
+
+    def __init__(self, job: Job, token_text: TokenText) -> None:
+        super().__init__(job, token_text)
+        self._num_chars = [0] * len(job.requests)
+
+    def _choice(self, index: int, output: RequestOutput) -> Json:
+        return {
+            "index": index,
+            "text": output.text,
+            "logprobs": self._logprobs(index, output) if self._wants_logprobs(index) else None,
+        } | _ending(output)
+
+    def _delta(self, index: int, output: RequestOutput, is_first: bool) -> Json:
+        return self._choice(index, output)
+
+    def _logprobs(self, index: int, output: RequestOutput) -> Json:
+        """Offsets count characters of the tokens' texts since the beginning of the choice."""
+        tokens, offsets, tops = [], [], []
+        for one in output.logprobs:
+            text = self._token_text(one.token_id)[0]
+            tokens.append(text)
+            offsets.append(self._num_chars[index])
+            self._num_chars[index] += len(text)
+            # OpenAI: the chosen token is always among them, so there may be logprobs + 1.
+            top = {self._token_text(token_id)[0]: max(MIN_LOGPROB, logprob) for token_id, logprob in one.top}
+            tops.append({text: max(MIN_LOGPROB, one.logprob)} | top)
+        return {
+            "tokens": tokens,
+            "token_logprobs": [max(MIN_LOGPROB, one.logprob) for one in output.logprobs],
+            "top_logprobs": tops,
+            "text_offset": offsets,
+        }
+
+
+def _ending(output: RequestOutput) -> Json:
+    """``stop_reason`` is vLLM's addition: the stop string or token id that ended the text."""
+    if output.finish_reason is None:
+        return {"finish_reason": None}
+    return {"finish_reason": output.finish_reason, "stop_reason": output.stop_reason}

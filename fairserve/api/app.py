@@ -1,0 +1,77 @@
+"""The routes. ``create_app`` is cheap, and is called inside the process that serves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from fairserve.api import streaming
+from fairserve.api.bodies import read_json
+from fairserve.api.http_errors import install, request_id_of
+from fairserve.api.openai_schema import ChatRequest, CompletionRequest, parse
+from fairserve.api.service import OpenAIService
+
+
+def create_app(service_provider: Callable[[], OpenAIService], *, id_from_server: bool = False) -> FastAPI:
+    """The ASGI application; ``service_provider`` is asked once per request.
+
+    ``id_from_server``: true behind Ray Serve, whose proxy makes the ``x-request-id`` of request and response itself.
+    """
+    app = FastAPI(title="fairserve", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    install(app, id_from_server=id_from_server)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        return await _generate(service_provider(), request, ChatRequest)
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        return await _generate(service_provider(), request, CompletionRequest)
+
+    @app.get("/v1/models")
+    async def models(request: Request) -> Response:
+        service = service_provider()
+        service.identify(request.headers)
+        return JSONResponse({"object": "list", "data": service.models()})
+
+    @app.get("/v1/models/{name:path}")
+    async def model(request: Request, name: str) -> Response:
+        service = service_provider()
+        service.identify(request.headers)
+        service.check_model(name)
+        return JSONResponse(service.models()[0])
+
+    @app.get("/health")
+    async def health() -> Response:
+        body = await service_provider().health()
+        return JSONResponse(body, 200 if body["ready"] else 503)
+
+    return app
+
+
+async def _generate(
+    service: OpenAIService, request: Request, kind: type[ChatRequest] | type[CompletionRequest]
+) -> Response:
+    client = service.identify(request.headers)  # before the body: strangers get no parsing
+    body = parse(kind, await read_json(request, service.max_body_bytes))
+
+    async def respond(scope: Scope, receive: Receive, send: Send) -> None:
+        job = await service.job(body, client)
+        answer, batches, deadline = service.answer(body, job), service.generate(job), service.deadline()
+        if not body.stream:
+            response = await streaming.whole(answer, batches, deadline)
+            await response(scope, receive, send)
+            return
+        await streaming.stream(
+            answer,
+            batches,
+            deadline,
+            include_usage=body.include_usage,
+            request_id=request_id_of(request),
+            send=send,
+        )
+
+    return streaming.WatchedResponse(respond)

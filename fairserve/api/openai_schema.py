@@ -1,0 +1,314 @@
+"""What callers may send: the OpenAI request bodies, checked once, here.
+
+Three rules. A field that nobody knows is refused, with the nearest known name. A field that OpenAI knows and
+fairserve does not support is accepted at its neutral value and refused otherwise: nothing is silently ignored. A
+``null`` means "left out", as OpenAI's own clients use it. ``user``, ``metadata`` and ``safety_identifier`` are labels:
+accepted, and neither stored nor used.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError, from_json
+
+from fairserve.engine.request import SamplingParams
+from fairserve.errors import InvalidRequest
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 512
+"""Characters in one stop string; the engine holds back up to that much text."""
+MAX_NAME_CHARS = 64
+"""Characters of an unknown field's name that an error repeats (and that are compared with the known names)."""
+MIN_TEMPERATURE = 0.01
+"""Below this a temperature other than 0 acts as this one: dividing logits by less overflows half precision."""
+
+Prompt = str | tuple[int, ...]
+"""Text to tokenize, or token ids as they are."""
+
+
+def _refuse(kind: str, message: str, field: str = "") -> PydanticCustomError:
+    return PydanticCustomError(kind, "{message}", {"message": message, "field": field})
+
+
+class Body(BaseModel):
+    """A JSON object with the three rules above. Types are strict: "0.5" is not a number, 1 is not true."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        hide_input_in_errors=True,
+        use_attribute_docstrings=True,
+    )
+
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    """Field known to OpenAI -> the values that ask for nothing."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_fields_only(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        kept = {}
+        for name, value in data.items():
+            if name in cls.model_fields:
+                if value is not None or cls.model_fields[name].is_required():
+                    kept[name] = value
+            elif name not in cls.unsupported:
+                raise cls._unknown(name)
+            elif value is not None and not any(
+                type(value) is type(neutral) and value == neutral for neutral in cls.unsupported[name]
+            ):
+                raise _refuse("unsupported_field", "is not supported yet: leave it out", name)
+        return kept
+
+    @classmethod
+    def _unknown(cls, name: Any) -> PydanticCustomError:
+        name = str(name)[:MAX_NAME_CHARS]
+        near = difflib.get_close_matches(name, [*cls.model_fields, *cls.unsupported], n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(cls.model_fields)}"
+        return _refuse("unknown_field", f"unknown field, {hint}", name)
+
+
+class StreamOptions(Body):
+    unsupported = {"include_obfuscation": (False,)}
+
+    include_usage: bool = False
+
+
+class Message(Body):
+    unsupported = {
+        "tool_calls": ([],),
+        "function_call": (),
+        "refusal": (),
+        "audio": (),
+        "annotations": ([],),
+    }
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str
+    """Text, or a list of text parts, which are joined by newlines."""
+    name: str | None = None
+    tool_call_id: str | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _text_only(cls, value: Any) -> Any:
+        if not isinstance(value, list):
+            return value
+        return "\n".join(_text_of_part(i, part) for i, part in enumerate(value))
+
+
+def _text_of_part(index: int, part: Any) -> str:
+    if not isinstance(part, dict):
+        raise _refuse("wrong_part", f"part {index} is not an object")
+    kind, text = part.get("type"), part.get("text")
+    if kind != "text":
+        shown = repr(kind)[:MAX_NAME_CHARS]
+        raise _refuse("unsupported_part", f"part {index} has type {shown}: only 'text' parts are supported")
+    if not isinstance(text, str):
+        raise _refuse("wrong_part", f"part {index} has no string in 'text'")
+    for name in part:
+        if name not in ("type", "text"):
+            raise _refuse("unknown_field", f"part {index} has an unknown field {name[:MAX_NAME_CHARS]!r}")
+    return text
+
+
+class Sampled(Body):
+    """What chat and completions share."""
+
+    model: Annotated[str, Field(min_length=1, max_length=512)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=-1)] = 0
+    """0 and -1: off."""
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    n: Annotated[int, Field(ge=1)] = 1
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    """Choice i of a prompt is drawn with seed + i."""
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] = 1.0
+    stop: tuple[str, ...] = ()
+    """One string or up to 16 of them; the text ends before the first that appears."""
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=128), FailFast()] = []
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _stop_strings(cls, value: Any) -> tuple[str, ...]:
+        stop = [value] if isinstance(value, str) else value
+        if not isinstance(stop, list) or not all(isinstance(one, str) for one in stop):
+            raise _refuse("wrong_stop", "must be a string or a list of strings")
+        if len(stop) > MAX_STOP_STRINGS:
+            raise _refuse("wrong_stop", f"holds {len(stop)} strings, at most {MAX_STOP_STRINGS} are allowed")
+        if not all(0 < len(one) <= MAX_STOP_CHARS for one in stop):
+            raise _refuse("wrong_stop", f"every stop string must have 1 to {MAX_STOP_CHARS} characters")
+        return tuple(stop)
+
+    @model_validator(mode="after")
+    def _options_need_a_stream(self) -> Sampled:
+        if self.stream_options is not None and not self.stream:
+            raise _refuse("wrong_field", "is only allowed with stream = true", "stream_options")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def asked_output(self) -> int | None:
+        """Output tokens asked for, None when the caller left it open."""
+        return self.max_tokens
+
+    @property
+    def asked_logprobs(self) -> int | None:
+        """Alternatives per token, None when no log probabilities were asked for."""
+        raise NotImplementedError
+
+    def sampling(self, max_tokens: int, choice: int) -> SamplingParams:
+        """The engine's parameters for the ``choice``-th (from 0) sequence of one prompt."""
+        seed = self.seed
+        if seed is not None:
+            seed = (seed + choice + 2**63) % 2**64 - 2**63  # stays a signed 64-bit number
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=max(self.temperature, MIN_TEMPERATURE) if self.temperature > 0 else 0.0,
+            top_p=self.top_p,
+            top_k=max(self.top_k, 0),
+            min_p=self.min_p,
+            seed=seed,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            stop=self.stop,
+            stop_token_ids=tuple(self.stop_token_ids),
+            ignore_eos=self.ignore_eos,
+            logprobs=self.asked_logprobs,
+            include_stop_str_in_output=self.include_stop_str_in_output,
+        )
+
+
+class ChatRequest(Sampled):
+    """The body of ``POST /v1/chat/completions``."""
+
+    unsupported = {
+        "logit_bias": ({},),
+        "tools": ([],),
+        "tool_choice": ("none", "auto"),
+        "parallel_tool_calls": (True, False),  # says how tools are called, and there are none
+        "functions": ([],),
+        "function_call": ("none", "auto"),
+        "response_format": ({"type": "text"},),
+        "modalities": (["text"],),
+        "audio": (),
+        "prediction": (),
+        "moderation": (),
+        "reasoning_effort": (),
+        "verbosity": (),
+        "web_search_options": (),
+        "prompt_cache_key": (),
+        "prompt_cache_options": (),
+        "prompt_cache_retention": (),
+        "service_tier": ("auto", "default"),
+        "store": (False,),
+    }
+
+    messages: Annotated[list[Message], Field(min_length=1), FailFast()]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    """OpenAI's newer name of max_tokens."""
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    safety_identifier: str | None = None
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise _refuse("wrong_field", "is only allowed with logprobs = true", "top_logprobs")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise _refuse("wrong_field", "differs from max_tokens: give one of the two", "max_completion_tokens")
+        return self
+
+    @property
+    def asked_output(self) -> int | None:
+        return self.max_completion_tokens if self.max_tokens is None else self.max_tokens
+
+    @property
+    def asked_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompletionRequest(Sampled):
+    """The body of ``POST /v1/completions``."""
+
+    unsupported = {"logit_bias": ({},), "suffix": ("",), "echo": (False,)}
+
+    prompt: tuple[Prompt, ...]
+    """A string, a list of strings, a list of token ids, or a list of such lists."""
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    best_of: Annotated[int, Field(ge=1)] | None = None
+    """Only at its neutral value: equal to n."""
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _prompts(cls, value: Any) -> tuple[Prompt, ...]:
+        if isinstance(value, str):
+            return (value,)
+        if isinstance(value, list) and value:
+            if all(isinstance(one, str) for one in value):
+                return tuple(value)
+            if _are_token_ids(value):
+                return (tuple(value),)
+            if all(isinstance(one, list) and _are_token_ids(one) for one in value):
+                return tuple(tuple(one) for one in value)
+        raise _refuse("wrong_prompt", "must be a string or token ids (integers from 0), or a list of such prompts")
+
+    @model_validator(mode="after")
+    def _no_ranking(self) -> CompletionRequest:
+        if self.best_of not in (None, self.n):
+            raise _refuse("unsupported_field", "is not supported yet: leave it out", "best_of")
+        return self
+
+    @property
+    def asked_logprobs(self) -> int | None:
+        return self.logprobs
+
+
+def _are_token_ids(values: list[Any]) -> bool:
+    return all(type(one) is int and one >= 0 for one in values)  # bool is an int, and no token
+
+
+B = TypeVar("B", bound=Body)
+
+
+def parse(model: type[B], raw: bytes) -> B:
+    """Read one request body.
+
+    Raises:
+        InvalidRequest: not JSON (``NaN``, invalid UTF-8 and nesting beyond 200 levels included), or not a ``model``.
+    """
+    try:
+        data = from_json(raw, allow_inf_nan=False)
+    except ValueError as error:
+        raise InvalidRequest(f"the request body is not valid JSON: {error}", code="invalid_json") from None
+    if not isinstance(data, dict):
+        raise InvalidRequest("the request body must be a JSON object", code="invalid_json")
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+    path = [*first["loc"], *filter(None, [first.get("ctx", {}).get("field")])]
+    param = ".".join(str(step) for step in path) or None
+    raise InvalidRequest(f"{param}: {first['msg']}", param=param, code=first["type"])

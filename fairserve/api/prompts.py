@@ -1,0 +1,127 @@
+"""Text to token ids and back to the strings that log probabilities show."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
+import jinja2
+
+from fairserve.api.openai_schema import Message, Prompt
+from fairserve.errors import InvalidRequest
+
+A = TypeVar("A")
+R = TypeVar("R")
+INLINE_CHARS = 4_000
+"""Prompts beyond this many characters are tokenized in a thread; below it, the hop costs more than the work."""
+
+
+class TextTokenizer(Protocol):
+    """The part of a transformers tokenizer that is used here."""
+
+    chat_template: Any
+
+    def __len__(self) -> int: ...
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+
+    def decode(self, token_ids: list[int]) -> str: ...
+
+    def convert_ids_to_tokens(self, ids: int) -> str: ...
+
+    def apply_chat_template(
+        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
+    ) -> Any: ...
+
+
+class Prompts:
+    """One tokenizer, off the event loop when the text is long."""
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.num_tokens = len(tokenizer)
+        self.token_text = functools.lru_cache(maxsize=65_536)(functools.partial(token_text, tokenizer))
+
+    async def of_chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Token ids of a conversation, ready for the assistant's turn.
+
+        Raises:
+            InvalidRequest: the model has no chat template, or its template refuses this conversation.
+        """
+        if not self._tokenizer.chat_template:
+            detail = "this model has no chat template, so it cannot chat: use /v1/completions"
+            raise InvalidRequest(detail, param="messages", code="no_chat_template")
+        num_chars = sum(len(message.content) + 32 for message in messages)
+        return await _run(self._render_and_encode, messages, num_chars)
+
+    async def of_prompts(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
+        """Token ids of completion prompts.
+
+        Raises:
+            InvalidRequest: a prompt is empty, or a token id is outside the vocabulary.
+        """
+        num_chars = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
+        encoded = await _run(self._encode_all, prompts, num_chars)
+        for token_ids in encoded:
+            if not token_ids:
+                raise InvalidRequest("prompt: must hold at least one token", param="prompt")
+            if max(token_ids) >= self.num_tokens:
+                detail = f"prompt: token ids must be below {self.num_tokens}, the size of the vocabulary"
+                raise InvalidRequest(detail, param="prompt")
+        return encoded
+
+    def _encode_all(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
+        return [tuple(self._tokenizer.encode(one)) if isinstance(one, str) else one for one in prompts]
+
+    def _render_and_encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        knows_developer = "developer" in str(self._tokenizer.chat_template)
+        conversation = []
+        for message in messages:
+            turn = message.model_dump(exclude_none=True)
+            if message.role == "developer" and not knows_developer:
+                turn["role"] = "system"  # OpenAI's newer name of the same role
+            conversation.append(turn)
+        try:
+            text = self._tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        except jinja2.TemplateError as error:
+            detail = f"messages: this model's chat template refuses them: {str(error)[:200]}"
+            raise InvalidRequest(detail, param="messages", code="chat_template") from None
+        # The template wrote the special tokens itself.
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+
+
+async def _run(work: Callable[[A], R], argument: A, num_chars: int) -> R:
+    return await asyncio.to_thread(work, argument) if num_chars > INLINE_CHARS else work(argument)
+
+
+_BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+def token_text(tokenizer: TextTokenizer, token_id: int) -> tuple[str, list[int] | None]:
+    """How a token looks, and its bytes (None: unknown).
+
+    A token that holds part of a character has no text; it shows as ``bytes:\\xe2\\x80``, as at OpenAI.
+    """
+    raw = tokenizer.convert_ids_to_tokens(token_id)
+    text = raw.replace("▁", " ") if "▁" in raw else tokenizer.decode([token_id])  # decode drops a leading "▁"
+    fallback = _BYTE_FALLBACK.fullmatch(raw)
+    if fallback is None and "\N{REPLACEMENT CHARACTER}" not in text:
+        return text, list(text.encode())
+    if fallback is not None:
+        data = [int(fallback[1], 16)]
+    elif all(character in _byte_alphabet() for character in raw):
+        data = [_byte_alphabet()[character] for character in raw]
+    else:
+        return text, None
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data), data
+
+
+@functools.cache
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable character for every byte, which byte-level vocabularies are written in."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

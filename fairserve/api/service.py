@@ -1,0 +1,206 @@
+"""The OpenAI API as a plain object: no Ray, no HTTP server; a test hands it a scripted backend."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Protocol
+
+from fairserve.api.answers import Answer, ChatAnswer, CompletionAnswer, Job
+from fairserve.api.identity import OPEN_WARNING, Client, Headers, Identities
+from fairserve.api.merging import Batch, merged
+from fairserve.api.openai_schema import ChatRequest, CompletionRequest
+from fairserve.api.prompts import Prompts, TextTokenizer
+from fairserve.config import FairServeArgs
+from fairserve.engine.request import GenerateRequest, RequestOutput
+from fairserve.errors import InvalidRequest, PromptTooLong, RequestTimeout, UnknownModel
+
+logger = logging.getLogger(__name__)
+
+Generation = ChatRequest | CompletionRequest
+COMPLETION_MAX_TOKENS = 16
+"""OpenAI's default for /v1/completions."""
+HEALTH_TIMEOUT_S = 2.0
+
+
+class Backend(Protocol):
+    """Where requests go; in production the handle of the model replicas."""
+
+    def generate(self, request: GenerateRequest) -> AsyncIterator[RequestOutput]:
+        """Generate one sequence; the last output carries the finish reason.
+
+        Closing the iterator (``aclose``), or cancelling the task that waits in it, cancels the request at any stage.
+
+        Raises:
+            Refused: no room now; raised by the iterator before its first output.
+            ReplicaFailed: the replica died or its engine failed.
+        """
+        ...
+
+    async def health(self) -> dict[str, Any]:
+        """``ready`` (bool) and what else is worth showing in /health, such as ``replicas``."""
+        ...
+
+
+class OpenAIService:
+    """Authenticates, tokenizes, generates and answers.
+
+    Args:
+        args: the configuration; its clear-text keys are hashed and not kept.
+        backend: where requests go.
+        tokenizer: the served model's.
+        max_model_len: tokens of prompt and output together that one request may hold.
+        environ: where FAIRSERVE_API_KEYS may be.
+        unix_time_s: for the ``created`` fields.
+        timeout: makes the context manager that ends a request after so many seconds.
+
+    Raises:
+        ConfigError: the API keys are wrong.
+    """
+
+    def __init__(
+        self,
+        args: FairServeArgs,
+        backend: Backend,
+        tokenizer: TextTokenizer,
+        max_model_len: int,
+        *,
+        environ: Mapping[str, str] = os.environ,
+        unix_time_s: Callable[[], float] = time.time,
+        timeout: Callable[[float], asyncio.Timeout] = asyncio.timeout,
+    ) -> None:
+        self.model_name = args.model_name
+        self.max_body_bytes = args.api.max_body_bytes
+        self._limits = args.api.model_copy(update={"keys": ()})
+        self._identities = Identities.from_config(args.api, environ)
+        self._backend = backend
+        self._prompts = Prompts(tokenizer)
+        self._max_model_len = max_model_len
+        self._unix_time_s = unix_time_s
+        self._timeout = timeout
+        self._started_s = int(unix_time_s())
+
+    def identify(self, headers: Headers) -> Client:
+        """The caller of a request; see :meth:`Identities.identify`."""
+        return self._identities.identify(headers)
+
+    def models(self) -> list[dict[str, Any]]:
+        """The entries of /v1/models."""
+        return [
+            {
+                "id": self.model_name,
+                "object": "model",
+                "created": self._started_s,
+                "owned_by": "fairserve",
+                "max_model_len": self._max_model_len,
+            }
+        ]
+
+    def check_model(self, name: str) -> None:
+        """
+        Raises:
+            UnknownModel: another model than the served one was asked for.
+        """
+        if name != self.model_name:
+            raise UnknownModel(name[:128], self.model_name)
+
+    async def health(self) -> dict[str, Any]:
+        """The body of /health; ``ready`` decides between 200 and 503."""
+        try:
+            async with asyncio.timeout(HEALTH_TIMEOUT_S):
+                backend = await self._backend.health()
+        except Exception as error:
+            logger.warning("the backend's health is unknown: %r", error)
+            backend = {"ready": False}
+        body = {**backend, "ready": bool(backend.get("ready")), "model": self.model_name}
+        if self._identities.is_open:
+            return body | {"mode": "open", "warning": OPEN_WARNING}
+        return body | {"mode": "keyed"}
+
+    async def job(self, body: Generation, client: Client) -> Job:
+        """Check and tokenize a request: everything that can be the caller's mistake shows here.
+
+        Raises:
+            UnknownModel, InvalidRequest, PromptTooLong: see :mod:`fairserve.errors`.
+        """
+        self.check_model(body.model)
+        if isinstance(body, ChatRequest):
+            self._check_choices(1, body.n)
+            prompts: Sequence[tuple[int, ...]] = [await self._prompts.of_chat(body.messages)]
+        else:
+            self._check_choices(len(body.prompt), body.n)
+            prompts = await self._prompts.of_prompts(body.prompt)
+        response_id = f"{'chatcmpl' if isinstance(body, ChatRequest) else 'cmpl'}-{secrets.token_hex(16)}"
+        return Job(
+            response_id=response_id,
+            created_s=int(self._unix_time_s()),
+            model=self.model_name,
+            requests=tuple(self._requests(response_id, body, client, prompts)),
+            n=body.n,
+            stream=body.stream,
+            include_usage=body.include_usage,
+        )
+
+    def answer(self, body: Generation, job: Job) -> Answer:
+        kind = ChatAnswer if isinstance(body, ChatRequest) else CompletionAnswer
+        return kind(job, self._prompts.token_text)
+
+    def generate(self, job: Job) -> AsyncGenerator[Batch, None]:
+        """Run all sequences of a job at once. Close it (``aclosing``): that cancels what still runs."""
+        return merged([self._backend.generate(request) for request in job.requests])
+
+    @asynccontextmanager
+    async def deadline(self) -> AsyncIterator[None]:
+        """
+        Raises:
+            RequestTimeout: the block took longer than request_timeout_s, and was cancelled.
+        """
+        timeout = self._timeout(self._limits.request_timeout_s)
+        try:
+            async with timeout:
+                yield
+        except TimeoutError:
+            if timeout.expired():
+                raise RequestTimeout(self._limits.request_timeout_s) from None
+            raise
+
+    def _check_choices(self, num_prompts: int, n: int) -> None:
+        most = self._limits.max_choices
+        if num_prompts * n > most:
+            asked = f"n = {n}" if num_prompts == 1 else f"{num_prompts} prompts with n = {n}"
+            detail = f"n: {asked[:64]} asks for more than {most} sequences, the most that one request may have"
+            raise InvalidRequest(detail, param="n")
+
+    def _requests(
+        self, response_id: str, body: Generation, client: Client, prompts: Sequence[tuple[int, ...]]
+    ) -> list[GenerateRequest]:
+        requests: list[GenerateRequest] = []
+        for prompt in prompts:
+            max_tokens = self._max_output(body, len(prompt))
+            for choice in range(body.n):
+                request = GenerateRequest(
+                    request_id=f"{response_id}-{len(requests)}",
+                    client=client.name,
+                    prompt_token_ids=prompt,
+                    sampling=body.sampling(max_tokens, choice),
+                    weight=client.weight,
+                    max_waiting=client.max_waiting,
+                )
+                requests.append(request)
+        return requests
+
+    def _max_output(self, body: Generation, num_prompt: int) -> int:
+        is_chat = isinstance(body, ChatRequest)
+        left = self._max_model_len - num_prompt
+        asked = body.asked_output
+        if left < 1 or (asked is not None and asked > left):
+            param = "messages" if is_chat else "prompt"
+            raise PromptTooLong(num_prompt, asked or 1, self._max_model_len, param)
+        if asked is not None:
+            return asked
+        return min(left, self._limits.default_max_tokens or (left if is_chat else COMPLETION_MAX_TOKENS))

@@ -1,0 +1,129 @@
+"""Sending an answer: as server-sent events or whole, watched for a caller who leaves.
+
+Nothing is sent before the first output is there, so that a refusal is a proper 429. After the first byte the status
+is out, and a failure becomes an event of its own, followed by ``[DONE]``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, aclosing
+from typing import Any
+
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response
+from starlette.types import Message, Receive, Scope, Send
+
+from fairserve.api.answers import Answer
+from fairserve.api.http_errors import describe
+from fairserve.api.merging import Batch
+from fairserve.engine.request import RequestOutput, joined
+
+DONE = b"data: [DONE]\n\n"
+QUEUE_HEADER = "x-fairserve-queue-ms"
+STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+
+Batches = AsyncGenerator[Batch, None]
+Deadline = AbstractAsyncContextManager[Any]
+"""Raises RequestTimeout inside its block when the time is over."""
+
+
+def queue_header(batch: Batch) -> dict[str, str]:
+    """How long the request waited for its grant, in ms, as far as it is known: the longest of its sequences."""
+    waits = [output.waited_s for output in batch.values() if output.waited_s is not None]
+    return {QUEUE_HEADER: f"{max(waits) * 1000:.1f}"} if waits else {}
+
+
+def event(data: Any) -> bytes:
+    return f"data: {json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(',', ':'))}\n\n".encode()
+
+
+async def whole(answer: Answer, batches: Batches, deadline: Deadline) -> JSONResponse:
+    """Everything in one JSON body.
+
+    Raises:
+        Exception: whatever ended ``batches``, or RequestTimeout.
+    """
+    parts: dict[int, list[RequestOutput]] = {}
+    async with deadline, aclosing(batches):
+        async for batch in batches:
+            for index, output in batch.items():
+                parts.setdefault(index, []).append(output)
+    outputs = {index: joined(some) for index, some in parts.items()}
+    return JSONResponse(answer.whole(outputs), headers=queue_header(outputs))
+
+
+async def stream(
+    answer: Answer, batches: Batches, deadline: Deadline, *, include_usage: bool, request_id: str, send: Send
+) -> None:
+    """Send events as outputs come; everything that is ready at the same time goes out in one write.
+
+    Raises:
+        Exception: whatever ended ``batches``, if nothing was sent yet.
+    """
+    last: dict[int, RequestOutput] = {}
+    is_started = False
+    try:
+        async with deadline, aclosing(batches):
+            async for batch in batches:
+                if not is_started:
+                    is_started = True
+                    await send(_start(queue_header(batch)))
+                last |= batch
+                chunks = [answer.chunk(index, output) for index, output in batch.items()]
+                if data := b"".join(event(chunk) for chunk in chunks if chunk is not None):
+                    await send(_body(data))
+    except ClientDisconnect:
+        raise
+    except Exception as error:
+        if not is_started:
+            raise
+        end = event(describe(error, request_id).body())
+    else:
+        end = event(answer.usage_chunk(last)) if include_usage else b""
+    await send(_body(end + DONE, more=False))
+
+
+def _start(more: dict[str, str]) -> Message:
+    headers = Response(headers=STREAM_HEADERS | more, media_type="text/event-stream").raw_headers
+    return {"type": "http.response.start", "status": 200, "headers": [h for h in headers if h[0] != b"content-length"]}
+
+
+def _body(data: bytes, more: bool = True) -> Message:
+    return {"type": "http.response.body", "body": data, "more_body": more}
+
+
+class WatchedResponse(Response):
+    """A response made by ``respond``, which is cancelled as soon as the caller goes away."""
+
+    def __init__(self, respond: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
+        super().__init__()
+        self._respond = respond
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_or_leave(message: Message) -> None:
+            try:
+                await send(message)
+            except OSError as error:  # how ASGI servers say that the connection is gone
+                raise ClientDisconnect() from error
+
+        work = asyncio.ensure_future(self._respond(scope, receive, send_or_leave))
+        watch = asyncio.create_task(_gone(receive))
+        try:
+            await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            # The caller has left, or we are cancelled ourselves (Ray Serve does so on a disconnect), or all is done.
+            is_done = work.done()
+            work.cancel()
+            watch.cancel()
+            await asyncio.gather(work, watch, return_exceptions=True)
+        if not is_done:
+            raise ClientDisconnect()
+        work.result()
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,63 @@
+"""Whatever JSON comes, parsing answers with a request or with InvalidRequest, and what it accepts is in range."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fairserve.api.openai_schema import ChatRequest, CompletionRequest, Sampled, parse
+from fairserve.errors import InvalidRequest
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+KINDS = [ChatRequest, CompletionRequest]
+FIELDS = sorted({*ChatRequest.model_fields, *ChatRequest.unsupported, *CompletionRequest.model_fields})
+START = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
+
+
+def check(kind: type[Sampled], raw: bytes) -> None:
+    body: Any = None
+    refusal = ""
+    try:
+        body = parse(kind, raw)
+    except InvalidRequest as error:
+        refusal = str(error)
+    if body is None:
+        assert 0 < len(refusal) < 1_000
+        return
+    sampling = body.sampling(max_tokens=5, choice=2)
+    assert sampling.temperature == 0 or 0.01 <= sampling.temperature <= 2
+    assert 0 < sampling.top_p <= 1
+    assert all(math.isfinite(x) for x in (sampling.min_p, sampling.presence_penalty, sampling.frequency_penalty))
+    assert sampling.seed is None or -(2**63) <= sampling.seed < 2**63
+    assert body.asked_output is None or body.asked_output > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=150, deadline=None)
+@given(changes=st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=12), VALUES, max_size=4))
+def test_any_json_object_is_a_request_or_invalid(kind: type[Sampled], changes: dict[str, Any]) -> None:
+    start = START if kind is ChatRequest else {"model": "tiny", "prompt": "hi"}
+    check(kind, json.dumps(start | changes).encode("utf-8", "surrogatepass"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=100, deadline=None)
+@given(raw=st.binary(max_size=60) | VALUES.map(lambda value: json.dumps(value).encode()))
+def test_any_bytes_are_a_request_or_invalid(kind: type[Sampled], raw: bytes) -> None:
+    check(kind, raw)
+
+
+@settings(max_examples=100, deadline=None)
+@given(message=st.dictionaries(st.sampled_from(["role", "content", "name", "tool_calls", "x"]), VALUES, max_size=4))
+def test_any_message_is_a_message_or_invalid(message: dict[str, Any]) -> None:
+    check(ChatRequest, json.dumps({"model": "tiny", "messages": [message]}).encode())
