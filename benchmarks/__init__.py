@@ -1,0 +1,1 @@
+"""What is measured, each figure with its command: see README.md beside this file."""

