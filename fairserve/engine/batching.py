@@ -1,0 +1,263 @@
+"""Continuous batching as plain code: ``plan()`` a step, run it elsewhere, ``commit()`` what was sampled.
+
+A step computes every running request's next token first, then chunks of prompts, within a budget of tokens (Orca's
+iteration-level scheduling, OSDI 2022; Sarathi-Serve's chunked prefill, OSDI 2024). A request is admitted while a slot
+and KV room for its whole prompt exist; the first that does not fit ends admission, because passing over it would let
+others overtake the least served client for as long as they are small (VTC, OSDI 2024, needs work conservation in
+the order of the counters). When a decode finds no block, the youngest request of the most served client is preempted:
+its blocks are freed and its tokens recomputed later, without a second charge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from fairserve.engine.hooks import Account, WaitingQueue
+from fairserve.engine.kv_blocks import KVBlocks
+from fairserve.engine.request import GenerateRequest, Usage
+
+
+@dataclass(slots=True)
+class Sequence:
+    """A request that has started: what was generated and how much of it is in the KV cache."""
+
+    request: GenerateRequest
+    age: int
+    """Order of the first start; preemption does not change it."""
+    output: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    """Tokens of prompt and output whose keys and values are in the cache."""
+    num_input_computed: int = 0
+    """Prompt tokens ever computed; what an abort cannot refund."""
+    num_refunded: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return self.request.num_input + len(self.output)
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens to compute before the next can be sampled: 1 for a decode."""
+        return self.num_tokens - self.num_computed
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(self.request.num_input - self.num_refunded, 0, len(self.output))
+
+    def tokens(self, start: int, end: int) -> tuple[int, ...]:
+        """Prompt and output tokens at positions [start, end)."""
+        num_input = self.request.num_input
+        head = self.request.prompt_token_ids[start:end]
+        return (*head, *self.output[max(0, start - num_input) : max(0, end - num_input)])
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Consecutive tokens of one request to compute in this step; a decode is a chunk of one."""
+
+    request_id: str
+    position: int
+    """Position of the first token in its sequence."""
+    token_ids: tuple[int, ...]
+    samples: bool
+    """The chunk reaches the end of what is known: its last row is sampled."""
+    block_table: tuple[int, ...]
+    start: int | None
+    """First KV slot when the sequence's slots follow each other, else None."""
+
+    @property
+    def end(self) -> int:
+        """Tokens of this sequence in the cache after the step."""
+        return self.position + len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    decodes: tuple[Chunk, ...] = ()
+    prefills: tuple[Chunk, ...] = ()
+    num_preempted: int = 0
+
+    def __iter__(self) -> Iterator[Chunk]:
+        yield from self.decodes
+        yield from self.prefills
+
+    def __bool__(self) -> bool:
+        return bool(self.decodes or self.prefills)
+
+
+class Batcher:
+    """Which requests run, and what the next step computes. The only writer of sequences and KV blocks."""
+
+    def __init__(
+        self,
+        kv: KVBlocks,
+        queue: WaitingQueue,
+        account: Account,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+    ) -> None:
+        assert max_model_len <= kv.capacity_tokens, "a lone request must always fit: else it could wait for ever"
+        self._kv = kv
+        self._queue = queue
+        self._account = account
+        self._max_num_seqs = max_num_seqs
+        # All decodes go first; with fewer tokens than slots some of them would starve.
+        self._budget = max(max_num_batched_tokens, max_num_seqs)
+        self._max_model_len = max_model_len
+        self._running: dict[str, Sequence] = {}
+        self._preempted: dict[str, Sequence] = {}
+        self._num_started = 0
+
+    @property
+    def running(self) -> Mapping[str, Sequence]:
+        return self._running
+
+    @property
+    def preempted(self) -> Mapping[str, Sequence]:
+        """Started, out of the batch again, and waiting in the queue."""
+        return self._preempted
+
+    @property
+    def resident_tokens(self) -> int:
+        return sum(sequence.num_computed for sequence in self._running.values())
+
+    def max_tokens(self, request: GenerateRequest) -> int:
+        """Tokens of prompt and output that the request can grow to."""
+        return min(request.num_input + request.sampling.max_tokens, self._max_model_len)
+
+    def plan(self) -> StepPlan:
+        """What to compute next; takes the blocks for it, admits, and preempts where it must."""
+        num_preempted = self._make_room_for_decodes()
+        decodes = [s for s in self._running.values() if s.num_pending == 1 and s.num_computed > 0]
+        prefills = [s for s in self._running.values() if not (s.num_pending == 1 and s.num_computed > 0)]
+        budget = self._budget - len(decodes)
+        chunks = []
+        for sequence in prefills:
+            if budget <= 0:
+                break
+            chunks.append(self._chunk(sequence, budget))
+            budget -= len(chunks[-1].token_ids)
+        # Blocks just taken from a victim are not for newcomers: the next decode would take them back.
+        while budget > 0 and not num_preempted and (admitted := self._admit()) is not None:
+            chunks.append(self._chunk(admitted, budget))
+            budget -= len(chunks[-1].token_ids)
+        return StepPlan(tuple(self._chunk(s, 1) for s in decodes), tuple(chunks), num_preempted)
+
+    def commit(self, plan: StepPlan, sampled: Mapping[str, int]) -> list[Sequence]:
+        """Book a step that was run. ``sampled``: the new token of each request whose chunk samples.
+
+        Returns the sequences that got a token. A request that samples and is not in ``sampled`` has failed: the
+        caller finishes it. Requests that left since the plan are passed over.
+        """
+        grown = []
+        for chunk in plan:
+            sequence = self._running.get(chunk.request_id)
+            if sequence is None:
+                continue
+            sequence.num_computed = chunk.end
+            computed = min(chunk.end, sequence.request.num_input)
+            sequence.num_input_computed = max(sequence.num_input_computed, computed)
+            if chunk.samples and chunk.request_id in sampled:
+                sequence.output.append(sampled[chunk.request_id])
+                self._account.output(chunk.request_id, 1)
+                grown.append(sequence)
+        return grown
+
+    def finish(self, request_id: str) -> Sequence | None:
+        """Let a request go, wherever it is: blocks free, uncomputed prompt refunded, account closed.
+
+        Returns its sequence, None when it never started.
+        """
+        sequence = self._running.pop(request_id, None)
+        if sequence is None:
+            sequence = self._preempted.pop(request_id, None)
+            self._queue.remove(request_id)
+        self._kv.free(request_id)
+        if sequence is not None:
+            refund = sequence.request.num_input - sequence.num_input_computed - sequence.num_refunded
+            if refund:
+                sequence.num_refunded += refund
+                self._account.refund_input(request_id, refund)
+        self._account.finished(request_id)
+        return sequence
+
+    def check(self) -> None:
+        self._kv.check()
+        assert len(self._running) <= self._max_num_seqs, "more running requests than slots"
+        assert not self._running.keys() & self._preempted.keys(), "a request both runs and waits"
+        for request_id, sequence in self._running.items():
+            assert request_id == sequence.request.request_id
+            assert sequence.num_pending >= 1, f"{request_id}: nothing left to compute, yet it runs"
+            held = self._kv.num_held(request_id) * self._kv.block_size
+            assert sequence.num_computed <= held, f"{request_id}: tokens without a block"
+            assert sequence.num_tokens <= self.max_tokens(sequence.request), f"{request_id}: grew too long"
+        for request_id, sequence in self._preempted.items():
+            assert sequence.num_computed == 0, f"{request_id}: preempted, yet computed"
+            assert self._kv.num_held(request_id) == 0, f"{request_id}: preempted, yet holds blocks"
+        held = sum(self._kv.num_held(request_id) for request_id in self._running)
+        assert held + self._kv.num_free == self._kv.num_blocks, "blocks held by a request that does not run"
+
+    def _make_room_for_decodes(self) -> int:
+        num_preempted = 0
+        for sequence in sorted(self._running.values(), key=lambda s: s.age):
+            request_id = sequence.request.request_id
+            if request_id not in self._running:
+                continue  # preempted for an older one
+            while not self._kv.can_hold(request_id, sequence.num_tokens):
+                victim = self._victim()
+                self._preempt(victim)
+                num_preempted += 1
+                if victim is sequence:
+                    break
+            else:
+                self._kv.take(request_id, sequence.num_tokens)
+        return num_preempted
+
+    def _victim(self) -> Sequence:
+        """The youngest running request of the most served client among those running."""
+        return max(self._running.values(), key=lambda s: (self._queue.counter(s.request.client), s.age))
+
+    def _preempt(self, sequence: Sequence) -> None:
+        request_id = sequence.request.request_id
+        del self._running[request_id]
+        self._kv.free(request_id)
+        sequence.num_computed = 0
+        self._preempted[request_id] = sequence
+        self._queue.push_front(sequence.request)
+
+    def _admit(self) -> Sequence | None:
+        """Start the request that goes next, or None: no request, no slot, or no room for it."""
+        request = self._queue.peek()
+        if request is None or len(self._running) >= self._max_num_seqs:
+            return None
+        back = self._preempted.get(request.request_id)
+        num_tokens = request.num_input if back is None else back.num_tokens
+        if not self._kv.can_hold(request.request_id, num_tokens):
+            return None
+        popped = self._queue.pop()
+        assert popped.request_id == request.request_id, "the queue popped another request than it named"
+        if back is None:
+            self._num_started += 1
+            sequence = Sequence(request, age=self._num_started)
+            self._account.started(request.request_id, request.num_input, 0)
+        else:
+            sequence = self._preempted.pop(request.request_id)
+        self._kv.take(request.request_id, num_tokens, self.max_tokens(request))
+        self._running[request.request_id] = sequence
+        return sequence
+
+    def _chunk(self, sequence: Sequence, budget: int) -> Chunk:
+        request_id = sequence.request.request_id
+        position = sequence.num_computed
+        end = min(sequence.num_tokens, position + budget)
+        return Chunk(
+            request_id,
+            position,
+            sequence.tokens(position, end),
+            samples=end == sequence.num_tokens,
+            block_table=self._kv.table(request_id),
+            start=self._kv.start(request_id),
+        )

@@ -1,0 +1,359 @@
+"""The engine of one replica: batcher, runner and text, as one plain object that one thread drives.
+
+    engine.add(request)         checks it and lets it wait
+    events = engine.step()      plan, run, commit: one token for each running request
+    engine.abort(request_id)    at any moment
+
+``Usage`` in an output is what was charged through :class:`~fairserve.engine.hooks.Account`, token for token.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from fairserve.clock import Clock
+from fairserve.config import EngineConfig
+from fairserve.engine.attention import Attachment, attach
+from fairserve.engine.batching import Batcher, Sequence, StepPlan
+from fairserve.engine.detokenize import TextOutput
+from fairserve.engine.events import Limits, StepEvents
+from fairserve.engine.hooks import Account, WaitingQueue
+from fairserve.engine.kv_blocks import KVBlocks
+from fairserve.engine.loading import LoadedModel, load_model
+from fairserve.engine.request import FinishReason, GenerateRequest, RequestOutput, TokenLogprob, Usage
+from fairserve.engine.runner import Runner
+from fairserve.engine.sampling import Sampled, Sampler
+from fairserve.engine.sizing import choose_attention, kv_tokens
+from fairserve.errors import ConfigError, FairServeError, InvalidRequest, PromptTooLong
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Live:
+    """What the engine keeps for each request, running or waiting."""
+
+    request: GenerateRequest
+    text: TextOutput
+    reserved_blocks: int
+
+
+@dataclass(slots=True)
+class _Made:
+    """What one step made for one request."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+
+class Engine:
+    """Continuous batching over one model. Not thread-safe: see :class:`~fairserve.engine.loop.EngineLoop`."""
+
+    def __init__(
+        self,
+        batcher: Batcher,
+        runner: Runner,
+        kv: KVBlocks,
+        queue: WaitingQueue,
+        account: Account,
+        limits: Limits,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None,
+        eos_token_ids: frozenset[int],
+        reserve_output_tokens: int | None,
+        seed: int,
+        clock: Clock,
+    ) -> None:
+        self.limits = limits
+        self._batcher = batcher
+        self._runner = runner
+        self._kv = kv
+        self._queue = queue
+        self._account = account
+        self._tokenizer = tokenizer
+        self._eos = eos_token_ids
+        self._reserve = reserve_output_tokens
+        self._next_seed = seed
+        self._clock = clock
+        self._live: dict[str, _Live] = {}
+        self._reserved_blocks = 0
+        self._outputs: list[RequestOutput] = []
+        """Made since the last events: aborts and refusals come out with the next ones."""
+
+    def add(self, request: GenerateRequest) -> None:
+        """Let a request wait for its turn. A refused one is received and finished in the account, charged nothing.
+
+        Raises:
+            PromptTooLong: the prompt leaves no room for a single output token.
+            InvalidRequest: no prompt, an unknown token id, no output asked for, or an id that is in use.
+        """
+        request_id = request.request_id
+        if request_id in self._live:
+            raise InvalidRequest(f"request {request_id!r} is already here")
+        self._account.received(request)
+        try:
+            self._check_request(request)
+        except FairServeError:
+            self._account.finished(request_id)
+            raise
+        seed = request.sampling.seed
+        if seed is None:
+            seed, self._next_seed = self._next_seed, self._next_seed + 1
+        live = _Live(
+            request,
+            TextOutput(self._tokenizer, request.prompt_token_ids, request.sampling),
+            self._kv.blocks_for(self._reservation(request)),
+        )
+        self._runner.sampler.add(request, seed)
+        self._live[request_id] = live
+        self._reserved_blocks += live.reserved_blocks
+        self._queue.push(request)
+
+    def abort(self, request_id: str) -> None:
+        """Stop a request wherever it is; its last output comes with the next events. A stranger is ignored."""
+        if request_id in self._live:
+            self._finish(request_id, "abort")
+
+    def refuse(self, request_id: str, message: str) -> None:
+        """Say with the next events that a request was not taken: for callers that cannot catch what ``add`` raises."""
+        self._emit(request_id, Usage(0, 0, 0), _Made(), "error", error=message)
+
+    def has_work(self) -> bool:
+        """Is there anything to compute, or an output not yet given out?"""
+        return bool(self._live or self._outputs)
+
+    def step(self) -> StepEvents:
+        """Compute one step. An exception inside it fails the requests of the step and no others."""
+        began_s = self._clock.now_s()
+        plan = StepPlan()
+        try:
+            plan = self._batcher.plan()
+            sampled = self._runner.run(plan) if plan else {}
+        except Exception as error:
+            logger.exception("a step failed")
+            failed = [chunk.request_id for chunk in plan] or list(self._batcher.running)
+            for request_id in failed:
+                self._fail(request_id, f"the step failed: {type(error).__name__}: {error}")
+            sampled = {}
+        else:
+            self._commit(plan, sampled)
+        return self._events(
+            num_prefill_tokens=sum(len(chunk.token_ids) for chunk in plan.prefills),
+            num_decode_tokens=len(plan.decodes),
+            num_preempted=plan.num_preempted,
+            step_s=self._clock.now_s() - began_s,
+        )
+
+    def idle_events(self) -> StepEvents:
+        """Outputs since the last events (aborts) and the state now, without a step."""
+        return self._events()
+
+    def fail_all(self, message: str) -> None:
+        """Finish every request with an error: the last resort of whoever drives the engine."""
+        for request_id in list(self._live):
+            self._fail(request_id, message)
+
+    def check(self) -> None:
+        """Assert what must be true between two steps."""
+        self._batcher.check()
+        started = self._batcher.running.keys() | self._batcher.preempted.keys()
+        assert self._live.keys() >= started, "unknown requests run"
+        assert len(self._queue) == len(self._live) - len(self._batcher.running), "a request neither waits nor runs"
+        assert self._reserved_blocks == sum(live.reserved_blocks for live in self._live.values()), "reservations drift"
+        assert len(self._runner.sampler) == len(self._live), "sampling state of a request that left"
+
+    def _check_request(self, request: GenerateRequest) -> None:
+        if not request.prompt_token_ids:
+            raise InvalidRequest("the prompt has no tokens", param="prompt")
+        if request.sampling.max_tokens < 1:
+            raise InvalidRequest("max_tokens must be at least 1", param="max_tokens")
+        if request.num_input >= self.limits.max_model_len:
+            raise PromptTooLong(request.num_input, request.sampling.max_tokens, self.limits.max_model_len)
+        if not 0 <= min(request.prompt_token_ids) <= max(request.prompt_token_ids) < self.limits.vocab_size:
+            raise InvalidRequest(f"token ids must lie in [0, {self.limits.vocab_size})", param="prompt")
+
+    def _reservation(self, request: GenerateRequest) -> int:
+        """Tokens the cluster reserved for this request when it granted it."""
+        output = request.sampling.max_tokens
+        if self._reserve is not None:
+            output = min(output, self._reserve)
+        return min(request.num_input + output, self.limits.max_model_len)
+
+    def _commit(self, plan: StepPlan, sampled: dict[str, Sampled]) -> None:
+        grown = self._batcher.commit(plan, {request_id: s.token_id for request_id, s in sampled.items()})
+        for sequence in grown:
+            request_id = sequence.request.request_id
+            try:
+                self._advance(sequence, sampled[request_id])
+            except Exception as error:
+                logger.exception("making the text of request %s failed", request_id)
+                self._fail(request_id, f"the output could not be decoded: {error}")
+        for chunk in plan:
+            if chunk.samples and chunk.request_id not in sampled:
+                self._runner.scrub(chunk)
+                self._fail(chunk.request_id, "the model's output is not finite (NaN or infinity)")
+
+    def _advance(self, sequence: Sequence, new: Sampled) -> None:
+        """Give out one new token and end the request where it ends."""
+        request, live = sequence.request, self._live[sequence.request.request_id]
+        made = _Made(token_ids=[new.token_id], logprobs=[new.logprob] if new.logprob else [])
+        reason: FinishReason | None = None
+        stop_reason: str | int | None = None
+        if new.token_id in request.sampling.stop_token_ids:
+            reason, stop_reason = "stop", new.token_id
+        elif new.token_id in self._eos and not request.sampling.ignore_eos:
+            reason = "stop"
+        else:
+            made.text, stop_reason = live.text.push(new.token_id)
+            if stop_reason is not None:
+                reason = "stop"
+            elif sequence.num_tokens >= self._batcher.max_tokens(request):
+                reason = "length"
+        if reason is None:
+            self._emit(request.request_id, sequence.usage, made)
+        else:
+            self._finish(request.request_id, reason, made, stop_reason)
+
+    def _finish(
+        self,
+        request_id: str,
+        reason: FinishReason,
+        made: _Made | None = None,
+        stop_reason: str | int | None = None,
+        error: str | None = None,
+    ) -> None:
+        live = self._live.pop(request_id)
+        self._reserved_blocks -= live.reserved_blocks
+        self._runner.sampler.drop(request_id)
+        sequence = self._batcher.finish(request_id)
+        made = made or _Made()
+        made.text += live.text.flush()
+        usage = sequence.usage if sequence is not None else Usage(0, 0, 0)
+        self._emit(request_id, usage, made, reason, stop_reason, error)
+
+    def _fail(self, request_id: str, message: str) -> None:
+        if request_id in self._live:
+            self._finish(request_id, "error", error=message)
+
+    def _emit(
+        self,
+        request_id: str,
+        usage: Usage,
+        made: _Made,
+        reason: FinishReason | None = None,
+        stop_reason: str | int | None = None,
+        error: str | None = None,
+    ) -> None:
+        token_ids, logprobs = tuple(made.token_ids), tuple(made.logprobs)
+        self._outputs.append(
+            RequestOutput(request_id, made.text, token_ids, usage, logprobs, reason, stop_reason, error)
+        )
+
+    def _events(
+        self,
+        num_prefill_tokens: int = 0,
+        num_decode_tokens: int = 0,
+        num_preempted: int = 0,
+        step_s: float = 0.0,
+    ) -> StepEvents:
+        outputs, self._outputs = tuple(self._outputs), []
+        return StepEvents(
+            outputs=outputs,
+            num_running=len(self._batcher.running),
+            num_waiting=len(self._queue),
+            free_kv_tokens=self._free_kv_tokens(),
+            free_slots=self.limits.max_num_seqs - len(self._live),
+            num_prefill_tokens=num_prefill_tokens,
+            num_decode_tokens=num_decode_tokens,
+            num_preempted=num_preempted,
+            step_s=step_s,
+            resident_tokens=self._batcher.resident_tokens,
+        )
+
+    def _free_kv_tokens(self) -> int:
+        """Counted in whole blocks: with everything reserved (the default) no decode ever finds the cache full."""
+        over = 0
+        for sequences in (self._batcher.running, self._batcher.preempted):
+            for request_id, sequence in sequences.items():
+                needed = max(self._kv.num_held(request_id), self._kv.blocks_for(sequence.num_tokens))
+                over += max(0, needed - self._live[request_id].reserved_blocks)
+        return (self._kv.num_blocks - self._reserved_blocks - over) * self._kv.block_size
+
+
+def build_engine(
+    model: str,
+    config: EngineConfig,
+    *,
+    reserve_output_tokens: int | None,
+    queue: WaitingQueue,
+    account: Account,
+    num_threads: int | None,
+    clock: Clock,
+) -> Engine:
+    """Load a model by name (see :func:`~fairserve.engine.loading.load_model`) and build its engine.
+
+    Raises:
+        ModelError: the model cannot be found, loaded or served.
+        ConfigError: the KV cache that was asked for cannot be made.
+    """
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    loaded = load_model(model, config)
+    return make_engine(
+        loaded, config, reserve_output_tokens=reserve_output_tokens, queue=queue, account=account, clock=clock
+    )
+
+
+def make_engine(
+    loaded: LoadedModel,
+    config: EngineConfig,
+    *,
+    reserve_output_tokens: int | None,
+    queue: WaitingQueue,
+    account: Account,
+    clock: Clock,
+) -> Engine:
+    """An engine round a model that is loaded already. One engine per model object: it takes over its attention."""
+    max_model_len = min(config.max_model_len or loaded.max_context, loaded.max_context)
+    attention_class = choose_attention(loaded, config)
+    multiple = attention_class.block_size_multiple
+    block_size = -(-config.block_size // multiple) * multiple
+    num_blocks = kv_tokens(loaded, config, max_model_len) // block_size
+    if num_blocks < 1:
+        raise ConfigError(f"the KV cache holds less than one block of {block_size} tokens: raise kv_cache_tokens")
+    max_model_len = min(max_model_len, num_blocks * block_size)
+    kv = KVBlocks(num_blocks, block_size, num_lanes=config.max_num_seqs)
+    try:
+        cache = attention_class(kv.capacity_tokens, block_size, loaded.dtype, loaded.device)
+        for layer, shape in loaded.layers.items():
+            cache.allocate(layer, shape.kv_heads, shape.key_dim, shape.value_dim)
+    except (RuntimeError, OSError) as error:
+        size = loaded.kv_bytes_per_token * kv.capacity_tokens / 1e9
+        raise ConfigError(f"no memory for a KV cache of {kv.capacity_tokens} tokens ({size:.1f} GB)") from error
+    attach(loaded.model, Attachment(cache))
+    batcher = Batcher(
+        kv,
+        queue,
+        account,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=max_model_len,
+    )
+    return Engine(
+        batcher,
+        Runner(loaded.model, cache, block_size, loaded.device, Sampler()),
+        kv,
+        queue,
+        account,
+        Limits(max_model_len, kv.capacity_tokens, config.max_num_seqs, block_size, loaded.vocab_size),
+        tokenizer=loaded.tokenizer,
+        eos_token_ids=loaded.eos_token_ids,
+        reserve_output_tokens=reserve_output_tokens,
+        seed=config.seed,
+        clock=clock,
+    )

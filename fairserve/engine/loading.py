@@ -1,0 +1,190 @@
+"""Find a model, load it, make it ready to serve. Every failure is a ModelError that says what was tried."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
+
+from fairserve.config import EMBEDDED_MODEL, EngineConfig
+from fairserve.engine import cpu_linear, model_check
+from fairserve.errors import ModelError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model that was checked and computes through our attention."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase | None
+    eos_token_ids: frozenset[int]
+    max_context: int
+    """Tokens that the model's positions reach."""
+    vocab_size: int
+    device: torch.device
+    dtype: torch.dtype
+    layers: dict[int, model_check.LayerShape]
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return sum(shape.bytes_per_token(self.dtype) for shape in self.layers.values())
+
+
+def load_model(model: str, config: EngineConfig) -> LoadedModel:
+    """Load weights and tokenizer of the embedded model's name, a local folder or a hub id.
+
+    Raises:
+        ModelError: not found, no network, broken files, or an architecture that cannot be served correctly.
+    """
+    folder = _locate(model)
+    device = _device(config, model)
+    dtype: Any = config.dtype
+    if dtype == "auto":
+        dtype = "auto" if device.type == "cuda" else torch.float32
+    else:
+        dtype = getattr(torch, dtype)
+    try:
+        with _no_progress_bar():
+            loaded = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, trust_remote_code=config.trust_remote_code
+            )
+    except Exception as error:
+        raise _explain(model, folder, error) from error
+    return prepare_model(loaded.to(device), config, tokenizer=load_tokenizer(model, config), name=model)
+
+
+def load_tokenizer(model: str, config: EngineConfig | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer alone; cheap, no weights.
+
+    Raises:
+        ModelError: as :func:`load_model`.
+    """
+    folder = _locate(model)
+    trust = config.trust_remote_code if config is not None else False
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+    except Exception as error:
+        raise _explain(model, folder, error) from error
+    return tokenizer
+
+
+def prepare_model(
+    model: Any, config: EngineConfig, *, tokenizer: PreTrainedTokenizerBase | None = None, name: str = "model"
+) -> LoadedModel:
+    """Take a transformers causal LM: check it, give it our attention, pack its weights on a CPU. Changes it in place.
+
+    Raises:
+        ModelError: the model cannot be served correctly.
+    """
+    model.eval()
+    model.requires_grad_(False)
+    weight = model.get_input_embeddings().weight
+    device, dtype = weight.device, weight.dtype
+    layers = model_check.check_model(model, name, device, dtype)
+    if device.type == "cpu" and config.cpu_linear != "eager":
+        _pack(model, config, name, device, dtype)
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        eos_token_ids=frozenset(_eos(model, tokenizer)),
+        max_context=_max_context(model),
+        vocab_size=weight.shape[0],
+        device=device,
+        dtype=dtype,
+        layers=layers,
+    )
+
+
+def _pack(model: Any, config: EngineConfig, name: str, device: torch.device, dtype: torch.dtype) -> None:
+    if not (cpu_linear.can_pack() and dtype in (torch.float32, torch.bfloat16)):
+        if config.cpu_linear == "packed":
+            raise ModelError(name, f"cpu_linear 'packed' does not work for {dtype} with this torch: use 'eager'")
+        logger.info("linears stay plain: no oneDNN-packed products for %s with this torch", dtype)
+        return
+    before = model_check.serve_again(model, device, dtype)
+    cpu_linear.pack(model)
+    complaint = "packed weights compute something else; set cpu_linear to 'eager'"
+    model_check.require_equal(before, model_check.serve_again(model, device, dtype), name, dtype, complaint)
+
+
+def _locate(model: str) -> str:
+    """What transformers is asked to load: a folder's path or a hub id."""
+    if model == EMBEDDED_MODEL:
+        from fairserve.engine.embedded import ensure_embedded
+
+        return str(ensure_embedded(model))
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(model, f"the folder {path} holds no config.json, so it is no transformers model")
+        return str(path)
+    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+        raise ModelError(model, f"there is no folder {path}")
+    return model
+
+
+def _explain(model: str, folder: str, error: Exception) -> ModelError:
+    """One readable reason instead of transformers' many."""
+    text = " ".join(str(error).split())
+    if folder != model or Path(folder).is_dir():
+        return ModelError(model, f"the files in {folder} do not load: {text[:300]}")
+    known = f"known without a network: {EMBEDDED_MODEL!r} or a local folder"
+    if isinstance(error, OSError):
+        return ModelError(
+            model,
+            f"it is no local folder, and the Hugging Face hub gave nothing under this name (no such model, no access, "
+            f"or no network); {known}. The hub client said: {text[:300]}",
+        )
+    return ModelError(model, f"transformers cannot load it: {text[:300]}")
+
+
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """transformers' bar belongs to a terminal, not to a replica's log."""
+    if not hf_logging.is_progress_bar_enabled():
+        yield
+        return
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.enable_progress_bar()
+
+
+def _device(config: EngineConfig, model: str) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ModelError(model, "engine.device is 'cuda' but torch sees no GPU here")
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _eos(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> Iterable[int]:
+    """All tokens that end the text: generation_config first, it knows chat ends that the tokenizer does not."""
+    generation = getattr(model, "generation_config", None)
+    for owner in (generation, model.config.get_text_config(), tokenizer):
+        ids = getattr(owner, "eos_token_id", None)
+        if ids is not None:
+            return [ids] if isinstance(ids, int) else list(ids)
+    return ()
+
+
+def _max_context(model: Any) -> int:
+    """Positions the model knows; never past the length at which rotary scaling would depend on the whole batch."""
+    config = model.config.get_text_config()
+    length = getattr(config, "max_position_embeddings", None) or 2048
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for scaling in (rope, *(v for v in rope.values() if isinstance(v, dict))):
+        if scaling.get("rope_type", scaling.get("type")) in ("dynamic", "longrope"):
+            original = scaling.get("original_max_position_embeddings")
+            length = min(length, original or getattr(config, "original_max_position_embeddings", None) or length)
+    return int(length)

@@ -1,0 +1,79 @@
+"""A plan becomes tensors, the model runs once, tokens come back."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fairserve.engine.attention import KVAttention, Span, StepLayout, slots_of
+from fairserve.engine.batching import Chunk, StepPlan
+from fairserve.engine.sampling import Sampled, Sampler
+
+
+class Runner:
+    """Owns the tensors: the model, its KV cache and the sampler."""
+
+    def __init__(
+        self, model: nn.Module, cache: KVAttention, block_size: int, device: torch.device, sampler: Sampler
+    ) -> None:
+        self.sampler = sampler
+        self._model = model
+        self._cache = cache
+        self._block_size = block_size
+        self._device = device
+        self._selects_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> dict[str, Sampled]:
+        """Compute the plan. Returns the token of each request whose chunk samples; without those whose logits are
+        not finite."""
+        chunks = (*sorted(plan.decodes, key=_slot_order), *plan.prefills)
+        logits = self.forward(chunks, len(plan.decodes))
+        return self.sampler.sample(logits, [chunk.request_id for chunk in chunks if chunk.samples])
+
+    @torch.inference_mode()
+    def forward(self, chunks: Sequence[Chunk], num_decodes: int) -> Tensor:
+        """Logits [rows that sample, vocabulary]; the first ``num_decodes`` chunks have one token each."""
+        spans: list[Span] = []
+        token_ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        rows: list[int] = []
+        for chunk in chunks:
+            span = Span(len(token_ids), len(chunk.token_ids), chunk.end, chunk.start, chunk.block_table)
+            spans.append(span)
+            token_ids.extend(chunk.token_ids)
+            positions.extend(range(chunk.position, chunk.end))
+            slots.extend(slots_of(span, self._block_size, chunk.position))
+            if chunk.samples:
+                rows.append(len(token_ids) - 1)
+        self._cache.begin(
+            StepLayout(tuple(spans[:num_decodes]), tuple(spans[num_decodes:]), self._tensor(slots).view(-1))
+        )
+        kept = self._tensor(rows).view(-1)
+        selection: dict[str, Any] = {"logits_to_keep": kept} if self._selects_rows else {}
+        output = self._model(
+            input_ids=self._tensor(token_ids).view(1, -1),
+            position_ids=self._tensor(positions).view(1, -1),
+            use_cache=False,
+            **selection,
+        )
+        logits: Tensor = output.logits[0]
+        return logits if self._selects_rows else logits[kept]
+
+    @torch.inference_mode()
+    def scrub(self, chunk: Chunk) -> None:
+        """Clear the KV slots of a request that failed: NaN left there would leak into padded batches."""
+        span = Span(0, 0, len(chunk.block_table) * self._block_size, None, chunk.block_table)
+        self._cache.scrub(self._tensor(list(slots_of(span, self._block_size))))
+
+    def _tensor(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._device)
+
+
+def _slot_order(chunk: Chunk) -> float:
+    return float("inf") if chunk.start is None else chunk.start

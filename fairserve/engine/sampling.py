@@ -1,0 +1,187 @@
+"""From logits to tokens, for all rows of a step at once.
+
+Order of the changes to a row (transformers' generation): penalties, temperature, top_k, top_p, min_p. A token is drawn
+by inverse transform with one uniform number per output token from the request's own ``random.Random``: which token
+comes out depends on the row's logits, its parameters and its seed, never on the other rows or on the device.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fairserve.engine.request import GenerateRequest, SamplingParams, TokenLogprob
+
+GREEDY_BELOW = 1e-5
+"""Temperatures below this are greedy, as in vLLM: dividing by them gains nothing but overflow."""
+_CANDIDATES = 1024
+"""Tokens sorted at first for top_k and top_p; a whole vocabulary is sorted only for rows that need more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    token_id: int
+    logprob: TokenLogprob | None = None
+
+
+class _Row:
+    """What the sampler keeps for one request between steps."""
+
+    def __init__(self, request: GenerateRequest, seed: int) -> None:
+        p = request.sampling
+        self.params: SamplingParams = p
+        self.random = random.Random(seed)
+        self.greedy = p.temperature < GREEDY_BELOW
+        self.repeats = p.repetition_penalty != 1.0
+        self.counts_output = p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
+        self.sorts = p.top_k > 0 or p.top_p < 1.0
+        self.plain = self.greedy and not self.repeats and not self.counts_output and p.logprobs is None
+        self.prompt = tuple(set(request.prompt_token_ids)) if self.repeats else ()
+        self.output: Counter[int] = Counter()
+
+
+class Sampler:
+    """Per-request state (seeded chance, counted output) and the vectorised choice."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, _Row] = {}
+
+    def add(self, request: GenerateRequest, seed: int) -> None:
+        self._rows[request.request_id] = _Row(request, seed)
+
+    def drop(self, request_id: str) -> None:
+        self._rows.pop(request_id, None)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def sample(self, logits: Tensor, request_ids: Sequence[str]) -> dict[str, Sampled]:
+        """One token per row of ``logits`` [R, vocabulary]; a row that is not finite gets none and is left out."""
+        rows = [self._rows[request_id] for request_id in request_ids]
+        highest, best = logits.max(dim=-1)  # NaN and inf both show in the maximum
+        finite = torch.isfinite(highest).tolist()
+        good = [i for i, ok in enumerate(finite) if ok]
+        if all(rows[i].plain for i in good):
+            tokens = best.tolist()
+            return {request_ids[i]: Sampled(tokens[i]) for i in good}
+        if len(good) < len(rows):
+            logits = logits[good]
+        chosen = _choose(logits.float(), [rows[i] for i in good])
+        return {request_ids[i]: sampled for i, sampled in zip(good, chosen, strict=True)}
+
+
+def _choose(raw: Tensor, rows: list[_Row]) -> list[Sampled]:
+    """``raw``: float32 [R, vocabulary], finite maxima."""
+    scores = _penalised(raw, rows)
+    tokens = scores.argmax(dim=-1).tolist()
+    for sorts, draw in ((False, _draw), (True, _draw_sorted)):
+        index = [i for i, row in enumerate(rows) if not row.greedy and row.sorts == sorts]
+        if index:
+            drawn = draw(_tempered(scores[index], [rows[i] for i in index]), [rows[i] for i in index])
+            for i, token in zip(index, drawn.tolist(), strict=True):
+                tokens[i] = token
+    for row, token in zip(rows, tokens, strict=True):
+        if row.repeats or row.counts_output:
+            row.output[token] += 1
+    logprobs = _logprobs(raw, rows, tokens)
+    return [Sampled(token, next(logprobs)) for token in tokens]
+
+
+def _penalised(raw: Tensor, rows: list[_Row]) -> Tensor:
+    """Repetition penalty over prompt and output, then frequency and presence penalty over the output."""
+    where: list[int] = []
+    token_ids: list[int] = []
+    repetition: list[float] = []
+    subtract: list[float] = []
+    for i, row in enumerate(rows):
+        p = row.params
+        seen = row.output.keys() | row.prompt
+        for token in seen if row.repeats else row.output if row.counts_output else ():
+            count = row.output[token] if row.counts_output else 0
+            where.append(i)
+            token_ids.append(token)
+            repetition.append(p.repetition_penalty)
+            subtract.append(p.frequency_penalty * count + (p.presence_penalty if count else 0.0))
+    if not where:
+        return raw
+    at = (torch.tensor(where, device=raw.device), torch.tensor(token_ids, device=raw.device))
+    penalty = torch.tensor(repetition, device=raw.device)
+    values = raw[at]
+    values = torch.where(values > 0, values / penalty, values * penalty)
+    values -= torch.tensor(subtract, device=raw.device)
+    return raw.clone().index_put_(at, values)
+
+
+def _tempered(scores: Tensor, rows: list[_Row]) -> Tensor:
+    """Scores over temperature, largest 0: no temperature can overflow it."""
+    scores = scores - scores.amax(dim=-1, keepdim=True)
+    return scores / _column([row.params.temperature for row in rows], scores)
+
+
+def _draw(scores: Tensor, rows: list[_Row]) -> Tensor:
+    """Token ids [R], drawn from softmax(scores) cut by min_p. The largest score is 0."""
+    kept = scores.exp().masked_fill_(scores.exp() < _column([row.params.min_p for row in rows], scores), 0.0)
+    return _inverse_transform(kept, rows)
+
+
+def _draw_sorted(scores: Tensor, rows: list[_Row]) -> Tensor:
+    """Token ids [R], drawn after top_k, top_p and min_p."""
+    vocabulary = scores.shape[-1]
+    top_k = [row.params.top_k or vocabulary for row in rows]
+    total = scores.logsumexp(dim=-1, keepdim=True)
+    size = min(_CANDIDATES, vocabulary)
+    values, ids = scores.topk(size, dim=-1)
+    covered = (values - total).exp().sum(dim=-1).tolist()
+    if any(k > size and row.params.top_p > mass - 1e-4 for k, row, mass in zip(top_k, rows, covered, strict=True)):
+        values, ids = scores.sort(dim=-1, descending=True)
+    beyond = torch.arange(values.shape[-1], device=scores.device) >= _column(top_k, scores)
+    values = values.masked_fill(beyond, float("-inf"))
+    # Renormalised over the k best where there is a k, else over the whole vocabulary, sorted or not.
+    cut = torch.tensor([[k < vocabulary] for k in top_k], device=scores.device)
+    probabilities = (values - torch.where(cut, values.logsumexp(dim=-1, keepdim=True), total)).exp()
+    before = probabilities.cumsum(dim=-1) - probabilities
+    # 2.0 switches top_p off: the sum of many small numbers may pass 1.
+    dropped = before >= _column([2.0 if row.params.top_p >= 1.0 else row.params.top_p for row in rows], scores)
+    dropped |= probabilities < probabilities[:, :1] * _column([row.params.min_p for row in rows], scores)
+    dropped[:, 0] = False
+    drawn = _inverse_transform(probabilities.masked_fill_(dropped, 0.0), rows)
+    return ids.gather(1, drawn.unsqueeze(1)).squeeze(1)
+
+
+def _inverse_transform(weights: Tensor, rows: list[_Row]) -> Tensor:
+    """Index [R] drawn with probability proportional to ``weights`` [R, n], one uniform number per row."""
+    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    target = torch.tensor([[row.random.random()] for row in rows], dtype=torch.float64, device=weights.device) * total
+    # Strictly below the total, so that the index found always has weight.
+    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, target, right=True).squeeze(1)
+
+
+def _logprobs(raw: Tensor, rows: list[_Row], tokens: list[int]) -> Iterator[TokenLogprob | None]:
+    """Log probabilities under the unmodified model, for the rows that asked."""
+    index = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
+    if not index:
+        yield from [None] * len(rows)
+        return
+    logprobs = raw[index].log_softmax(dim=-1)
+    chosen = logprobs.gather(1, torch.tensor([[tokens[i]] for i in index], device=raw.device)).squeeze(1).tolist()
+    widest = min(max(rows[i].params.logprobs or 0 for i in index), raw.shape[-1])
+    values, ids = (t.tolist() for t in logprobs.topk(widest, dim=-1))
+    at = {row: k for k, row in enumerate(index)}
+    for i, row in enumerate(rows):
+        k = at.get(i)
+        if k is None:
+            yield None
+        else:
+            top = tuple(zip(ids[k], values[k], strict=True))[: row.params.logprobs]
+            yield TokenLogprob(tokens[i], chosen[k], top)
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device).unsqueeze(1)

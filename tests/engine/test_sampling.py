@@ -1,0 +1,224 @@
+"""Each sampling parameter, on logits written by hand."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
+
+from fairserve.engine.sampling import Sampled, Sampler
+from tests.engine.support import drive, prompt_of, request
+
+LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
+
+
+def draw(logits: torch.Tensor, times: int = 1, prompt: tuple[int, ...] = (1,), **sampling: Any) -> list[Sampled]:
+    """Tokens of one request that sees the same logits ``times`` times."""
+    sampler = Sampler()
+    sampler.add(request("r", prompt, **{"temperature": 1.0, **sampling}), sampling.get("seed") or 0)
+    return [sampler.sample(logits.view(1, -1), ["r"])["r"] for _ in range(times)]
+
+
+def tokens(*args: Any, **kwargs: Any) -> list[int]:
+    return [sampled.token_id for sampled in draw(*args, **kwargs)]
+
+
+def shares(logits: torch.Tensor = LOGITS, prompt: tuple[int, ...] = (1,), **sampling: Any) -> torch.Tensor:
+    """How often each token is the first one, over requests with 4000 different seeds."""
+    sampler = Sampler()
+    names = [f"r{i}" for i in range(4000)]
+    for seed, name in enumerate(names):
+        sampler.add(request(name, prompt, **{"temperature": 1.0, **sampling}), seed)
+    sampled = sampler.sample(logits.expand(len(names), -1), names)
+    counts = Counter(s.token_id for s in sampled.values())
+    return torch.tensor([counts[i] / len(names) for i in range(len(logits))])
+
+
+def test_temperature_zero_takes_the_most_likely():
+    assert tokens(LOGITS, 20, temperature=0.0) == [0] * 20
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_temperature_scales_the_logits(temperature):
+    expected = (LOGITS / temperature).softmax(-1)
+    assert torch.allclose(shares(temperature=temperature), expected, atol=0.03)
+
+
+def test_no_temperature_is_too_small():
+    assert tokens(LOGITS * 100, 5, temperature=2e-5) == [0] * 5
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4, 100])
+def test_top_k_keeps_the_k_best_and_their_proportions(top_k):
+    kept = TopKLogitsWarper(top_k)(None, LOGITS.view(1, -1))
+    assert torch.allclose(shares(top_k=top_k), kept[0].softmax(-1), atol=0.03)
+
+
+@pytest.mark.parametrize("top_p", [0.01, 0.5, 0.8, 0.97])
+def test_top_p_keeps_the_smallest_set_that_reaches_p(top_p):
+    kept = TopPLogitsWarper(top_p)(None, LOGITS.view(1, -1))
+    got = shares(top_p=top_p)
+    assert torch.equal(got > 0, kept[0] > -math.inf)
+    assert torch.allclose(got, kept[0].softmax(-1), atol=0.03)
+
+
+def test_top_p_counts_what_top_k_left():
+    processed = TopPLogitsWarper(0.8)(None, TopKLogitsWarper(3)(None, LOGITS.view(1, -1)))
+    got = shares(top_k=3, top_p=0.8)
+    assert torch.equal(got > 0, processed[0] > -math.inf)
+
+
+@pytest.mark.parametrize("extra", [{}, {"top_k": 5}])
+def test_min_p_drops_what_is_far_less_likely_than_the_best(extra):
+    got = shares(min_p=0.2, **extra)
+    probabilities = LOGITS.softmax(-1)
+    assert torch.equal(got > 0, probabilities >= 0.2 * probabilities.max())
+
+
+def test_top_p_over_a_flat_large_vocabulary_reaches_beyond_the_first_candidates():
+    logits = torch.zeros(5000)
+    drawn = tokens(logits, 300, top_p=0.9)
+    assert len(set(drawn)) > 250, "each of some 4500 tokens is as likely as the other"
+    assert set(tokens(logits, 300, top_k=2000)) != set(tokens(logits, 300, top_k=5))
+
+
+def test_top_k_and_top_p_do_not_depend_on_the_neighbours_need_for_a_full_sort():
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(2, 5000, generator=generator)
+    params = {"temperature": 1.0, "top_k": 50, "top_p": 0.9, "seed": 4}
+
+    def run(neighbour: bool) -> list[int]:
+        sampler = Sampler()
+        sampler.add(request("r", (1,), **params), 4)
+        sampler.add(request("n", (1,), temperature=1.0, top_p=0.999), 5)
+        names = ["r", "n"] if neighbour else ["r"]
+        return [sampler.sample(logits[: len(names)], names)["r"].token_id for _ in range(50)]
+
+    assert run(True) == run(False)
+
+
+def test_repetition_penalty_is_that_of_transformers():
+    prompt = (0, 4, 4)
+    processor = RepetitionPenaltyLogitsProcessor(1.8)
+    expected = processor(torch.tensor([prompt]), LOGITS.view(1, -1).clone())[0]
+    assert torch.allclose(shares(prompt=prompt, repetition_penalty=1.8), expected.softmax(-1), atol=0.03)
+
+
+def test_repetition_penalty_counts_the_output_too():
+    assert tokens(torch.tensor([2.0, 1.5, -9.0]), 2, prompt=(2,), temperature=0.0, repetition_penalty=2.0) == [0, 1]
+
+
+def test_presence_penalty_is_paid_once_and_frequency_penalty_each_time():
+    logits = torch.tensor([3.0, 1.4, 0.0])
+    assert tokens(logits, 5, temperature=0.0, presence_penalty=1.0) == [0, 0, 0, 0, 0]
+    assert tokens(logits, 5, temperature=0.0, frequency_penalty=1.0) == [0, 0, 1, 0, 1]
+
+
+def test_penalties_on_output_leave_the_prompt_alone():
+    assert tokens(torch.tensor([3.0, 2.5]), 1, prompt=(0, 0, 0), temperature=0.0, frequency_penalty=2.0) == [0]
+
+
+def test_a_seed_gives_the_same_tokens_again_and_another_seed_others():
+    flat = torch.zeros(1000)
+    assert tokens(flat, 20, seed=5) == tokens(flat, 20, seed=5)
+    assert tokens(flat, 20, seed=5) != tokens(flat, 20, seed=6)
+
+
+def test_logprobs_are_those_of_the_unmodified_model():
+    (sampled,) = draw(LOGITS, prompt=(0, 2), temperature=0.3, top_k=2, repetition_penalty=1.5, logprobs=3, seed=1)
+    reference = LOGITS.log_softmax(-1)
+    assert sampled.logprob is not None
+    assert sampled.logprob.token_id == sampled.token_id
+    assert sampled.logprob.logprob == pytest.approx(reference[sampled.token_id].item(), abs=1e-6)
+    assert [token for token, _ in sampled.logprob.top] == [0, 1, 2]
+    assert [value for _, value in sampled.logprob.top] == pytest.approx(reference[:3].tolist(), abs=1e-6)
+
+
+def test_logprobs_zero_gives_the_chosen_token_only():
+    (sampled,) = draw(LOGITS, temperature=0.0, logprobs=0)
+    assert sampled.logprob is not None
+    assert sampled.logprob.top == ()
+    assert sampled.logprob.logprob == pytest.approx(LOGITS.log_softmax(-1)[0].item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_row_that_is_not_finite_gets_no_token_and_the_others_do(bad, plain):
+    sampler = Sampler()
+    for i in range(3):
+        sampler.add(request(f"r{i}", (1,), temperature=0.0 if plain else 0.5, top_k=1), i)
+    logits = LOGITS.repeat(3, 1)
+    logits[1, 4] = bad
+    sampled = sampler.sample(logits, ["r0", "r1", "r2"])
+    assert {name: s.token_id for name, s in sampled.items()} == {"r0": 0, "r2": 0}
+
+
+def test_a_token_of_no_probability_is_never_drawn():
+    logits = torch.tensor([-math.inf, 0.0, -math.inf])
+    assert tokens(logits, 50) == [1] * 50
+    assert tokens(logits, 50, top_p=0.9) == [1] * 50
+
+
+MIXED: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 1.0, "seed": 11},
+    {"temperature": 0.9, "seed": 12, "top_k": 10, "top_p": 0.8},
+    {"temperature": 1.2, "seed": 13, "min_p": 0.05, "repetition_penalty": 1.3},
+    {"temperature": 0.7, "seed": 14, "frequency_penalty": 0.6, "presence_penalty": 0.2, "logprobs": 2},
+]
+
+
+def test_a_seeded_request_gives_the_same_text_in_any_company(llama):
+    def run(indices: list[int], **changes: Any) -> dict[int, list[int]]:
+        driver = drive(llama, **changes)
+        for i in indices:
+            driver.add(request(f"r{i}", prompt_of(6 + i, i), max_tokens=15, ignore_eos=True, **MIXED[i]))
+        driver.run()
+        return {i: driver.tokens(f"r{i}") for i in indices}
+
+    alone = {i: run([i])[i] for i in range(len(MIXED))}
+    assert run([0, 1, 2, 3, 4]) == alone
+    assert run([4, 2, 0, 1, 3], max_num_batched_tokens=8) == alone
+    preempting = run([3, 1, 4, 0, 2], kv_cache_tokens=64, max_model_len=64, block_size=4)
+    assert preempting == alone
+
+
+def test_requests_without_a_seed_get_the_replicas_seed_one_after_another(llama):
+    def run(**changes: Any) -> list[list[int]]:
+        driver = drive(llama, **changes)
+        driver.add(*(request(f"r{i}", prompt_of(5), temperature=1.5, max_tokens=10) for i in range(2)))
+        driver.run()
+        return [driver.tokens(f"r{i}") for i in range(2)]
+
+    first = run(seed=3)
+    assert first[0] != first[1]
+    assert run(seed=3) == first
+    assert run(seed=4)[0] == first[1]
+
+
+def test_logprobs_of_the_engine_equal_a_reference_over_the_whole_text(llama):
+    driver = drive(llama, max_num_batched_tokens=7)
+    prompt = prompt_of(20)
+    driver.add(request("r", prompt, temperature=1.0, seed=2, max_tokens=12, logprobs=4, ignore_eos=True))
+    driver.run()
+    got = [lp for output in driver.outputs["r"] for lp in output.logprobs]
+    text = driver.tokens("r")
+    model = llama.model
+    implementation = model.config._attn_implementation
+    try:
+        model.set_attn_implementation("eager")
+        with torch.inference_mode():
+            logits = model(input_ids=torch.tensor([[*prompt, *text]]), use_cache=False).logits[0]
+    finally:
+        model.set_attn_implementation(implementation)
+    reference = logits[len(prompt) - 1 : -1].log_softmax(-1)
+    assert [lp.token_id for lp in got] == text
+    for position, lp in enumerate(got):
+        assert lp.logprob == pytest.approx(reference[position, text[position]].item(), abs=1e-4)
+        values, ids = reference[position].topk(4)
+        assert [token for token, _ in lp.top] == ids.tolist()
+        assert [value for _, value in lp.top] == pytest.approx(values.tolist(), abs=1e-4)
