@@ -15,7 +15,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import yaml
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
@@ -26,6 +25,7 @@ from fairserve.cluster.counter_actor import without_keys
 from fairserve.cluster.replica import ModelReplica
 from fairserve.cluster.router import FairRouter
 from fairserve.config import FairServeArgs
+from fairserve.settings import read_settings
 
 CONFIG_VARIABLE = "FAIRSERVE_CONFIG"
 MAX_ONGOING = 100_000
@@ -101,11 +101,13 @@ def with_hashed_keys(args: FairServeArgs) -> FairServeArgs:
 
 
 def args_from_environment() -> FairServeArgs:
-    """The settings in the YAML or JSON file that FAIRSERVE_CONFIG names; the defaults without it."""
+    """The settings in the YAML or JSON file that FAIRSERVE_CONFIG names; the defaults without it.
+
+    Raises:
+        ConfigError: the file is unreadable, or a setting in it is wrong.
+    """
     path = os.environ.get(CONFIG_VARIABLE)
-    if not path:
-        return FairServeArgs()
-    return FairServeArgs.model_validate(yaml.safe_load(Path(path).expanduser().read_text()) or {})
+    return read_settings(Path(path).expanduser() if path else None)
 
 
 app = build_app(args_from_environment())

@@ -81,4 +81,3 @@ async def _checked(stream: AsyncIterator[RequestOutput]) -> AsyncGenerator[Reque
             await close()
     if not is_finished:
         raise ReplicaFailed("it ended the stream without a finish reason")
-

@@ -134,7 +134,9 @@ class CounterService:
             if snapshot is not None:
                 self._dispatcher.load(snapshot)
         except ValueError as error:
-            logger.error("%s; set aside as %s, counters start from the replicas' totals", error, self._store.set_aside())
+            logger.error(
+                "%s; set aside as %s, counters start from the replicas' totals", error, self._store.set_aside()
+            )
 
     def _now_s(self) -> float:
         if self._ticking is None:
@@ -185,7 +187,7 @@ def start_counter_actor(args: FairServeArgs) -> Any:
 
     config = args.counter
     pinned = config.pin_to_head and HEAD_NODE_RESOURCE in ray.cluster_resources()
-    actor = (
+    return (
         ray.remote(CounterService)
         .options(
             name=config.name,
@@ -200,7 +202,6 @@ def start_counter_actor(args: FairServeArgs) -> Any:
         )
         .remote(without_keys(args).model_dump_json(), on_idle=end_this_actor)
     )
-    return actor
 
 
 def without_keys(args: FairServeArgs) -> FairServeArgs:

@@ -43,13 +43,16 @@ class RayTransport:
         self._actor = actor
 
     async def route(self, call: RouterCall) -> RouterReply:
-        return await self._call("route", call)
+        reply: RouterReply = await self._call("route", call)
+        return reply
 
     async def poll(self, call: RouterCall) -> RouterReply:
-        return await self._call("poll", call)
+        reply: RouterReply = await self._call("poll", call)
+        return reply
 
     async def report(self, report: StepReport) -> ReportReply:
-        return await self._call("report", report)
+        reply: ReportReply = await self._call("report", report)
+        return reply
 
     async def _call(self, method: str, message: object) -> Any:
         from ray.exceptions import ActorDiedError
@@ -102,9 +105,7 @@ class CounterLink:
 class RouterClient:
     """Gets grants for the requests of one router; keeps one batched call and one long poll in flight."""
 
-    def __init__(
-        self, book: RouterBook, transport: CounterTransport, config: CounterConfig, clock: Clock
-    ) -> None:
+    def __init__(self, book: RouterBook, transport: CounterTransport, config: CounterConfig, clock: Clock) -> None:
         self._book = book
         self._transport = transport
         self._clock = clock

@@ -37,4 +37,3 @@ class OutputStream:
         assert output is not None
         self._is_over = output.finish_reason is not None
         return output
-

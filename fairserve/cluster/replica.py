@@ -34,7 +34,13 @@ class ReplicaCore:
     """
 
     def __init__(
-        self, name: str, limits: Limits, book: LocalBook, transport: CounterTransport, args: FairServeArgs, clock: Clock
+        self,
+        name: str,
+        limits: Limits,
+        book: LocalBook[GenerateRequest],
+        transport: CounterTransport,
+        args: FairServeArgs,
+        clock: Clock,
     ) -> None:
         self.limits = limits
         self._book = book
@@ -99,7 +105,7 @@ class ReplicaCore:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
             self._loop.call_soon_threadsafe(self._take, events, self._book.take_events())
 
-    # -- event loop -----------------------------------------------------------------------------------------------------
+    # -- event loop ---------------------------------------------------------------------------------------------------
 
     def _take(self, events: StepEvents, book: BookEvents) -> None:
         self._newest = events
@@ -155,7 +161,7 @@ class ModelReplica:
         args = FairServeArgs.model_validate_json(args_json)
         actor = await asyncio.to_thread(_begin, args)
         clock = SystemClock()
-        book = LocalBook(policy_of(args.fairness), make_cost(args.fairness.cost))
+        book: LocalBook[GenerateRequest] = LocalBook(policy_of(args.fairness), make_cost(args.fairness.cost))
         engine = await asyncio.to_thread(
             build_engine,
             args.model,
@@ -209,4 +215,3 @@ def num_threads(args: FairServeArgs, cores: Callable[[], int | None] = os.cpu_co
     if args.engine.num_threads is not None:
         return args.engine.num_threads
     return max(1, (cores() or 1) // args.num_replicas)
-

@@ -82,7 +82,7 @@ class FairRouter(RequestRouter):
                 await self._wait_for_update(REPLICA_WAIT_S)
                 replica = self._find(grant.replica)
             if replica is not None:
-                pending_request.fairserve_grant = grant  # type: ignore[attr-defined]
+                pending_request.fairserve_grant = grant
                 pending_request.kwargs["waited_s"] = grant.waited_s
                 return replica
             self._client.decline(grant)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from fairserve.dispatch.messages import NOTHING, ReportReply, StepReport, Totals
 from fairserve.fairness.cost import CostFunction
@@ -25,6 +25,9 @@ class LocalRequest(Protocol):
     def client(self) -> str: ...
     @property
     def weight(self) -> float: ...
+
+
+Request = TypeVar("Request", bound=LocalRequest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +52,7 @@ class _Open:
     service: float = 0.0
 
 
-class LocalBook:
+class LocalBook(Generic[Request]):
     """Orders the replica's waiting requests by the cluster's policy and counters, and charges what is served.
 
     A counter here is the authority's newest answer plus what was charged here since the report it answered: the
@@ -57,7 +60,7 @@ class LocalBook:
     """
 
     def __init__(self, policy: Policy, cost: CostFunction) -> None:
-        self._queue: FairQueue[LocalRequest] = FairQueue(policy)
+        self._queue: FairQueue[Request] = FairQueue(policy)
         self._cost = cost
         self._open: dict[str, _Open] = {}
         self._num_open: dict[str, int] = {}
@@ -71,22 +74,22 @@ class LocalBook:
 
     # -- WaitingQueue -----------------------------------------------------------------------------------------------
 
-    def push(self, request: LocalRequest) -> None:
+    def push(self, request: Request) -> None:
         self._num_arrived += 1
         self._queue.table.register(request.client, request.weight)
         self._queue.arrive(request.client, request.request_id, request, self._num_arrived)
 
-    def push_front(self, request: LocalRequest) -> None:
+    def push_front(self, request: Request) -> None:
         self._num_returned += 1
         self._queue.arrive(request.client, request.request_id, request, -self._num_returned, lift=False)
 
-    def peek(self) -> LocalRequest | None:
+    def peek(self) -> Request | None:
         return self._queue.peek()
 
-    def pop(self) -> LocalRequest:
+    def pop(self) -> Request:
         return self._queue.pop()
 
-    def remove(self, request_id: str) -> LocalRequest | None:
+    def remove(self, request_id: str) -> Request | None:
         return self._queue.remove(request_id)
 
     def counter(self, client: str) -> float:
@@ -97,7 +100,7 @@ class LocalBook:
 
     # -- Account ----------------------------------------------------------------------------------------------------
 
-    def received(self, request: LocalRequest) -> None:
+    def received(self, request: Request) -> None:
         assert request.request_id not in self._open, f"{request.request_id} is here already"
         self._open[request.request_id] = _Open(request.client)
         self._num_open[request.client] = self._num_open.get(request.client, 0) + 1

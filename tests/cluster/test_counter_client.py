@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -51,6 +52,17 @@ def replica_report(seq: int, free_slots: int = 1, **events: Any) -> StepReport:
     return StepReport("replica", 1, seq, 0, 1000, free_slots, 1000, 1, **events)
 
 
+def num_waiting(service: CounterService) -> int:
+    return len(service._dispatcher.queue)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the other tasks run until the condition holds; they are event-driven, so this is no guess at a time."""
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110 - the condition is a plain object's state, there is no event to await
+            await asyncio.sleep(0.001)
+
+
 @pytest.fixture
 def service() -> CounterService:
     args = FairServeArgs.model_validate({"counter": CONFIG.model_dump(), "dispatch": {"lookahead": 0}})
@@ -84,8 +96,7 @@ async def test_a_waiting_request_is_granted_as_soon_as_a_replica_reports_room(
     service: CounterService, client: RouterClient
 ) -> None:
     task = asyncio.create_task(client.acquire(submit()))
-    while not (await service.status())["waiting"]:
-        await asyncio.sleep(0)
+    await until(lambda: num_waiting(service) > 0)
     await service.report(replica_report(1))
     grant = await task
     assert isinstance(grant, Grant)
@@ -93,8 +104,7 @@ async def test_a_waiting_request_is_granted_as_soon_as_a_replica_reports_room(
 
 async def test_a_refusal_reaches_the_caller(service: CounterService, client: RouterClient) -> None:
     first = asyncio.create_task(client.acquire(submit("r1", max_waiting=1)))
-    while not (await service.status())["waiting"]:
-        await asyncio.sleep(0)
+    await until(lambda: num_waiting(service) > 0)
     with pytest.raises(ClientQueueFull) as refused:
         await client.acquire(submit("r2", max_waiting=1))
     assert refused.value.retry_after_s > 0
@@ -103,17 +113,14 @@ async def test_a_refusal_reaches_the_caller(service: CounterService, client: Rou
 
 async def test_a_cancelled_wait_leaves_the_cluster_queue(service: CounterService, client: RouterClient) -> None:
     task = asyncio.create_task(client.acquire(submit()))
-    while not (await service.status())["waiting"]:
-        await asyncio.sleep(0)
+    await until(lambda: num_waiting(service) > 0)
     task.cancel()
-    while (await service.status())["waiting"]:
-        await asyncio.sleep(0)
+    await until(lambda: num_waiting(service) == 0)
 
 
 async def test_a_cut_counter_actor_lets_everybody_go_on_at_once(wire: Wire, client: RouterClient) -> None:
     tasks = [asyncio.create_task(client.acquire(submit(f"r{i}"))) for i in range(5)]
-    while not (await wire.service.status())["waiting"]:
-        await asyncio.sleep(0)
+    await until(lambda: num_waiting(wire.service) > 0)
     wire.is_cut = True
     async with asyncio.timeout(2):
         assert await asyncio.gather(*tasks) == [None] * 5
@@ -135,10 +142,8 @@ async def test_grants_come_again_after_the_actor_is_back(
         assert await client.acquire(submit("first")) is None
     wire.is_cut = False
     await service.report(replica_report(1))
-    async with asyncio.timeout(2):
-        while client.is_degraded:
-            await asyncio.sleep(0.01)
-        grant = await client.acquire(submit("second"))
+    await until(lambda: not client.is_degraded)
+    grant = await client.acquire(submit("second"))
     assert grant is not None
     assert (await service.status())["waiting"] == 0
 
@@ -150,15 +155,12 @@ async def test_a_reconfigured_service_keeps_counters_and_asks_for_everything_aga
 
     await service.report(replica_report(1, free_slots=0, totals={"bob": Totals(5, 0, 5, 15.0)}))
     task = asyncio.create_task(client.acquire(submit()))
-    while not (await service.status())["waiting"]:
-        await asyncio.sleep(0)
+    await until(lambda: num_waiting(service) > 0)
     args = FairServeArgs.model_validate({"counter": CONFIG.model_dump(), "fairness": {"policy": "lcf"}})
     await service.configure(args.model_dump_json())
-    async with asyncio.timeout(2):
-        while not (await service.status())["waiting"]:
-            await asyncio.sleep(0.01)
-        reply = await service.report(replica_report(2))
-        assert (await task) is not None
+    await until(lambda: num_waiting(service) > 0)
+    reply = await service.report(replica_report(2))
+    assert (await task) is not None
     status = await service.status()
     assert status["policy"] == "lcf"
     assert status["clients"]["bob"]["service"] == 15

@@ -157,5 +157,3 @@ def test_clear_keys_never_reach_serves_arguments() -> None:
 
     args = FairServeArgs.model_validate({"api": {"keys": [{"client": "ann", "key": "very-secret-key"}]}})
     assert "very-secret-key" not in with_hashed_keys(args).model_dump_json()
-
-

@@ -45,7 +45,11 @@ async def test_eight_choices_and_a_list_of_prompts_do_not_hang(served: Served) -
 async def test_a_stream_ends_with_the_usage(served: Served) -> None:
     async with served.client() as client:
         stream = await client.completions.create(
-            model="tiny", prompt="x" * 40, max_tokens=12, stream=True, stream_options={"include_usage": True},
+            model="tiny",
+            prompt="x" * 40,
+            max_tokens=12,
+            stream=True,
+            stream_options={"include_usage": True},
             extra_body={"ignore_eos": True},
         )
         chunks = [chunk async for chunk in stream]
@@ -54,9 +58,7 @@ async def test_a_stream_ends_with_the_usage(served: Served) -> None:
 
 async def test_both_replicas_and_both_ingresses_take_part(served: Served) -> None:
     async with served.client("spread") as client:
-        await asyncio.gather(
-            *(client.completions.create(model="tiny", prompt=f"{i}", max_tokens=8) for i in range(64))
-        )
+        await asyncio.gather(*(client.completions.create(model="tiny", prompt=f"{i}", max_tokens=8) for i in range(64)))
     status = await served.quiet()
     assert len(status["replicas"]) == 2
     assert status["routers"] == 2
@@ -69,8 +71,12 @@ async def test_charges_equal_reported_usage_after_random_disconnects(served: Ser
     async def one(client: Any, name: str, i: int) -> None:
         tokens = rng.randrange(1, 60)
         stream = await client.completions.create(
-            model="tiny", prompt="p" * rng.randrange(1, 100), max_tokens=tokens, stream=True,
-            stream_options={"include_usage": True}, extra_body={"ignore_eos": True},
+            model="tiny",
+            prompt="p" * rng.randrange(1, 100),
+            max_tokens=tokens,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body={"ignore_eos": True},
         )
         async for chunk in stream:
             if chunk.usage:
