@@ -59,17 +59,22 @@ class Capacity:
         return max((room.kv_capacity_tokens for room in self), default=None)
 
     def can_hold(self, room: ReplicaRoom, need_tokens: int, now_s: float) -> bool:
-        """Whether the replica is alive and has a slot (or lookahead) and KV room for ``need_tokens`` more.
+        """Whether the replica is alive and has a slot (or lookahead) and KV room for ``need_tokens`` more."""
+        has_room = room.room_slots + self._lookahead > 0 and room.room_tokens >= need_tokens
+        return has_room and self._is_alive(room, now_s)
 
-        A request that needs more than the whole cache is held to the whole cache: the replica preempts or refuses.
-        """
-        alive = now_s - room.heard_s <= self._stale_s and now_s >= room.suspended_until_s
-        need_tokens = min(need_tokens, room.kv_capacity_tokens)
-        return alive and room.room_slots + self._lookahead > 0 and room.room_tokens >= need_tokens
+    def _is_alive(self, room: ReplicaRoom, now_s: float) -> bool:
+        return now_s - room.heard_s <= self._stale_s and now_s >= room.suspended_until_s
 
     def best_for(self, need_tokens: int, now_s: float) -> ReplicaRoom | None:
         """Among the replicas that can hold it: one with a free running slot before one that would only queue it,
-        then the one with most free KV tokens, then most slots, then the first name."""
+        then the one with most free KV tokens, then most slots, then the first name.
+
+        A request that needs more than the largest living replica has is held to all of that one: it preempts or
+        refuses.
+        """
+        largest = max((room.kv_capacity_tokens for room in self if self._is_alive(room, now_s)), default=0)
+        need_tokens = min(need_tokens, largest)
         fitting = (room for room in self if self.can_hold(room, need_tokens, now_s))
         return min(
             fitting,

@@ -72,10 +72,10 @@ class Lease:
 
 
 class Dispatcher:
-    """``epoch`` names this life of the authority: any number that no earlier life had, and not 0."""
+    """``epoch`` names this life of the authority: positive, and greater than that of every earlier life."""
 
     def __init__(self, policy: Policy, cost: CostFunction, limits: DispatchLimits, *, epoch: int) -> None:
-        assert epoch != 0
+        assert epoch > 0
         self.epoch = epoch
         self.cost = cost
         self.limits = limits
@@ -94,6 +94,7 @@ class Dispatcher:
         self._scaled_service: dict[str, float] = {}
         self._drain = DrainRate()
         self._client_drain: dict[str, DrainRate] = {}
+        self._knows_the_past = False
         self.num_lifts = 0
         self.num_granted = 0
         self.num_lapsed = 0
@@ -104,6 +105,8 @@ class Dispatcher:
     def route(self, call: RouterCall, now_s: float) -> RouterReply:
         """A router's submits, cancels and declined grants, then as many grants as fit anywhere."""
         session = self._session(call, now_s)
+        if session is None:
+            return RouterReply(self.epoch)
         if not session.is_repeat(call):
             session.last_seq = call.seq
             session.is_complete = session.is_complete or call.is_full
@@ -111,27 +114,34 @@ class Dispatcher:
                 self.capacity.suspend(replica, now_s + UNREACHABLE_PAUSE_S)
             for request_id in (*call.cancels, *call.declined):
                 self._drop(request_id)
-            refusals = (self._submit(submit, session, now_s) for submit in call.submits)
+            submits = call.submits
+            if call.is_full:  # the least served first, or a client that is ahead would lift those behind it
+                submits = tuple(sorted(submits, key=lambda submit: self.queue.counter(submit.client)))
+            refusals = (self._submit(submit, session, now_s) for submit in submits)
             session.last_refusals = tuple(refusal for refusal in refusals if refusal is not None)
             self.dispatch(now_s)
         return self._reply(session, session.last_refusals)
 
     def poll(self, call: RouterCall, now_s: float) -> RouterReply:
         """Grants that wait for this router; ``call`` carries no events, and its ``seq`` is not looked at."""
-        return self._reply(self._session(call, now_s), ())
+        session = self._session(call, now_s)
+        return RouterReply(self.epoch) if session is None else self._reply(session, ())
 
     def take_routers_to_wake(self) -> set[str]:
         """Routers that were granted something since the last call: their long polls should answer now."""
         routers, self._to_wake = self._to_wake, set()
         return routers
 
-    def _session(self, call: RouterCall, now_s: float) -> RouterSession:
+    def _session(self, call: RouterCall, now_s: float) -> RouterSession | None:
+        """The caller's session; None for a call of an earlier life that arrives late."""
         session = self._sessions.get(call.router)
         if session is not None and session.incarnation == call.incarnation:
             session.heard_s = now_s
             if call.epoch == self.epoch:
                 session.acknowledge(call.grants_ack)
             return session
+        if session is not None and session.incarnation > call.incarnation:
+            return None
         if session is not None:
             self._end_session(session)
         is_first_call = call.epoch == 0
@@ -154,7 +164,7 @@ class Dispatcher:
             self.queue.policy.accepted(client, now_s)
         session.requests.add(submit.request_id)
         waiting = Waiting(submit, session.router, now_s - submit.waited_s)
-        rise = self.queue.arrive(client, submit.request_id, waiting, waiting.arrived_s, lift=not submit.is_retry)
+        rise = self.queue.arrive(client, submit.request_id, waiting, waiting.arrived_s)
         self.num_lifts += rise > 0
         self._observe({client})
         return None
@@ -177,8 +187,10 @@ class Dispatcher:
 
     def report(self, report: StepReport, now_s: float) -> ReportReply:
         """A replica's totals and what became of its requests; then as many grants as fit anywhere."""
-        added = self.ledger.merge(report)
+        is_old_acquaintance = report.is_full or report.epoch not in (0, self.epoch)
+        added = self.ledger.merge(report, as_baseline=is_old_acquaintance and not self._knows_the_past)
         if added is not None:
+            level = self._level()
             room = self.capacity.get(report.replica)
             is_current = room is None or room.incarnation <= report.incarnation
             if room is not None and room.incarnation < report.incarnation:
@@ -188,16 +200,16 @@ class Dispatcher:
                 self._confirm(request_id, report)
             for request_id in report.started:
                 self._settle(request_id, report)
-            for client, difference in added.items():
+            for client in report.totals:
                 if client not in self.queue.table:
                     self.queue.table.register(client, report.weights.get(client, 1.0))
+            for client, difference in added.items():
                 amount = self.queue.charge(client, difference.service)
                 self._scaled_service[client] = self._scaled_service.get(client, 0.0) + amount
             for request_id in report.finished:
                 self._finish(request_id, report)
-            self.bounds.saw_merge(
-                report.replica, max((self.queue.counter(c) - before[c] for c in added), default=0.0)
-            )
+            self.bounds.saw_return(level, self._level())
+            self.bounds.saw_merge(report.replica, max((self.queue.counter(c) - before[c] for c in added), default=0.0))
             if is_current:
                 self.capacity.report(report, now_s)
             self._observe(set(added))
@@ -216,13 +228,21 @@ class Dispatcher:
     def _confirm(self, request_id: str, report: StepReport) -> Lease | None:
         lease = self._leases.get(request_id)
         if lease is None or not self._is_on(lease, report):
-            self._drop(request_id)  # it is on that replica already: whatever else was planned for it is void
+            self._void(request_id)
             return None
         if not lease.confirmed:
             lease.confirmed = True
             del self._unconfirmed[request_id]
             self.capacity.release(lease.replica, request_id)
         return lease
+
+    def _void(self, request_id: str) -> None:
+        """It is on a replica already: whatever else was planned for it is void. A router that wants it all the same
+        (it could not reach that replica) is asked to submit again."""
+        waiting = self._drop(request_id)
+        session = self._sessions.get(waiting.router) if waiting is not None else None
+        if session is not None:
+            session.is_complete = False
 
     def _settle(self, request_id: str, report: StepReport) -> None:
         """The replica's totals include this request's input from now on."""
@@ -285,8 +305,14 @@ class Dispatcher:
         _subtract(self._provisional, client, lease.charge)
         lease.charge = 0.0
 
-    def _drop(self, request_id: str) -> Lease | None:
+    def _level(self) -> float:
+        """Where a client that becomes active now is lifted to: 0 before the first."""
+        reference = self.queue.least_served() or self.queue.last_to_leave
+        return 0.0 if reference is None else self.queue.counter(reference)
+
+    def _drop(self, request_id: str) -> Waiting | None:
         """The request leaves, from whatever stage; an unserved charge returns."""
+        level = self._level()
         waiting = self.queue.remove(request_id)
         lease = self._leases.pop(request_id, None)
         if lease is not None:
@@ -297,13 +323,14 @@ class Dispatcher:
             self._unconfirmed.pop(request_id, None)
             self._by_replica[lease.replica].discard(request_id)
             self.capacity.release(lease.replica, request_id)
+            self.bounds.saw_return(level, self._level())
         if waiting is not None:
             session = self._sessions.get(waiting.router)
             if session is not None:
                 session.requests.discard(request_id)
                 session.withdraw(request_id)
             self._observe({waiting.submit.client})
-        return lease
+        return waiting
 
     # -- time -------------------------------------------------------------------------------------------------------
 
@@ -315,6 +342,7 @@ class Dispatcher:
         for room in [r for r in self.capacity if now_s - r.heard_s > limits.replica_dead_s]:
             self._lose_replica(room.name)
             self.capacity.forget(room.name)
+            self.bounds.lost_replica(room.name)
         while self._unconfirmed:
             request_id, lease = next(iter(self._unconfirmed.items()))
             if lease.deadline_s > now_s:
@@ -324,18 +352,20 @@ class Dispatcher:
         self.dispatch(now_s)
 
     def _requeue(self, request_id: str) -> None:
-        """Charge returned, request back at its place in the queue."""
-        lease = self._drop(request_id)
-        assert lease is not None
-        waiting = lease.waiting
+        """Charge returned, request back at its place in the queue. If nothing else of its client waits, the client is
+        lifted like any other that becomes active: what the others received meanwhile is no credit."""
+        waiting = self._drop(request_id)
+        assert waiting is not None
         session = self._sessions.get(waiting.router)
         if session is not None:
             session.requests.add(request_id)
-            self.queue.arrive(waiting.submit.client, request_id, waiting, waiting.arrived_s, lift=False)
+            rise = self.queue.arrive(waiting.submit.client, request_id, waiting, waiting.arrived_s)
+            self.num_lifts += rise > 0
+            self._observe({waiting.submit.client})
 
     def _lose_replica(self, replica: str) -> None:
         """It died or began anew: what it never confirmed waits again; the rest is over, the router will say more."""
-        for request_id in list(self._by_replica.get(replica, ())):
+        for request_id in sorted(self._by_replica.get(replica, ())):
             if self._leases[request_id].confirmed:
                 self._drop(request_id)
             else:
@@ -344,7 +374,7 @@ class Dispatcher:
 
     def _end_session(self, session: RouterSession) -> None:
         del self._sessions[session.router]
-        for request_id in list(session.requests):
+        for request_id in sorted(session.requests):
             lease = self._leases.get(request_id)
             if lease is None or not lease.confirmed:
                 self._drop(request_id)
@@ -389,6 +419,7 @@ class Dispatcher:
                     "report_age_s": now_s - room.heard_s,
                     "free_kv_tokens": room.room_tokens,
                     "kv_capacity_tokens": room.kv_capacity_tokens,
+                    "max_slots": room.max_slots,
                     "running": room.num_running,
                     "waiting": room.num_waiting,
                     "granted_unconfirmed": len(room.unconfirmed),
@@ -422,7 +453,8 @@ class Dispatcher:
                 client: [table.counter(client) - self._provisional.get(client, 0.0), table.weight(client)]
                 for client in table
             },
-            "last_to_leave": self.queue.last_to_leave,
+            # The next life begins with nobody waiting: the lift's reference is then whoever is least served now.
+            "last_to_leave": self.queue.least_served() or self.queue.last_to_leave,
             "ledger": self.ledger.dump(),
         }
 
@@ -441,6 +473,7 @@ class Dispatcher:
         self.queue.table.rebase()
         self.queue.restore_last_to_leave(data["last_to_leave"])
         self.ledger.load(data["ledger"])
+        self._knows_the_past = True
 
     def check(self) -> None:
         """Invariants that hold between any two events."""
@@ -465,6 +498,6 @@ class Dispatcher:
 
 def _subtract(amounts: dict[str, float], client: str, amount: float) -> None:
     """Keep only what is more than rounding."""
-    amounts[client] -= amount
+    amounts[client] = amounts.get(client, 0.0) - amount
     if abs(amounts[client]) < 1e-6:
         del amounts[client]

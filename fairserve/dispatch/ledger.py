@@ -39,8 +39,12 @@ class Ledger:
         book = self._books.get((replica, incarnation))
         return book.seq if book else 0
 
-    def merge(self, report: StepReport) -> dict[str, Totals] | None:
-        """Take a report in. Returns what it adds per client, or None when it is a repeat or was overtaken."""
+    def merge(self, report: StepReport, *, as_baseline: bool = False) -> dict[str, Totals] | None:
+        """Take a report in. Returns what it adds per client, or None when it is a repeat or was overtaken.
+
+        ``as_baseline`` is for an authority without memory of a replica that served before it: totals of clients not
+        yet in the replica's book are taken over, but do not count as added.
+        """
         key = (report.replica, report.incarnation)
         book = self._books.pop(key, None) or _Book()
         self._books[key] = book
@@ -49,11 +53,13 @@ class Ledger:
         book.seq = report.seq
         added = {}
         for client, totals in report.totals.items():
+            is_new = client not in book.totals
             difference = totals - book.totals.get(client, NOTHING)
             if difference != NOTHING:
                 book.totals[client] = totals
                 self._totals[client] = self.totals(client) + difference
-                added[client] = difference
+                if not (as_baseline and is_new):
+                    added[client] = difference
         while len(self._books) > self._max_books:
             del self._books[next(iter(self._books))]
         return added

@@ -88,9 +88,13 @@ class RouterBook:
     # -- calls --------------------------------------------------------------------------------------------------------
 
     def compose(self, now_s: float) -> RouterCall:
-        """The next call; the same again while the last one's reply has not come."""
+        """The next call; the same again, with the waiting times of now, while the last one's reply has not come."""
         if self._in_flight is not None:
-            self._in_flight = replace(self._in_flight, epoch=self.epoch, grants_ack=self._grants_ack)
+            submits = tuple(
+                self._submit_of(submit.request_id, now_s) if submit.request_id in self._wanted else submit
+                for submit in self._in_flight.submits
+            )
+            self._in_flight = replace(self._in_flight, epoch=self.epoch, grants_ack=self._grants_ack, submits=submits)
             return self._in_flight
         is_full, self._resubmit_due = self._resubmit_due, False
         if is_full:
@@ -150,7 +154,7 @@ class RouterBook:
             wanted.on_grant(grant)
 
     def _refused(self, refusal: Refusal) -> None:
+        self._to_submit.pop(refusal.request_id, None)
         wanted = self._wanted.pop(refusal.request_id, None)
         if wanted is not None:
             wanted.on_refusal(refusal.error)
-

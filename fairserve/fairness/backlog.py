@@ -11,7 +11,8 @@ Item = TypeVar("Item")
 
 class Backlog(Generic[Item]):
     """Per-client queues ordered by ``place`` (usually the arrival time), so that a request which comes back takes
-    its old place. Push, pop and remove cost O(log n); a removed request is skipped when it surfaces."""
+    its old place. Push, pop and remove cost O(log n), amortised: a removed request is skipped when it surfaces, and a
+    queue that holds mostly removed ones is rebuilt."""
 
     def __init__(self) -> None:
         self._queues: dict[str, list[tuple[float, int, str]]] = {}
@@ -80,6 +81,9 @@ class Backlog(Generic[Item]):
         if not self._waiting[client]:
             del self._waiting[client], self._queues[client]
             self.last_to_leave = client
+        elif len(self._queues[client]) > 2 * self._waiting[client] + 64:
+            self._queues[client] = [entry for entry in self._queues[client] if self._is_live(entry)]
+            heapq.heapify(self._queues[client])
         return item
 
     def check(self) -> None:

@@ -2,21 +2,40 @@
 
 VTC (arXiv 2401.00588, lemma 4.3 and theorem 4.4): the counters of waiting clients lie within U of each other, and two
 clients that wait throughout an interval receive service that differs by at most 2U, with U = max(w_p * L, w_q * M).
-A client that waits and any other client: at most 4U (derived).
 
 Ours is the same argument with what the authority itself can observe, so that it holds for any cost function, for
-weights and for many replicas. All amounts are service / weight. After client g is picked for the last time before t,
-its counter can still rise by the input charge of that pick and the output that its granted, unfinished requests may
-still make; therefore
+weights and for many replicas. All amounts are service / weight.
 
-    U = the most, over all grants, of  charge of the grant + output still owed to the client's granted requests.
+**The level.** The level is the least counter among waiting clients or, when nobody waits, the counter of the client
+that was the last to leave: what the lift raises to. Picks, charges, merges and lifts only raise it. The one thing that
+lowers it is a charge that returns: a lapsed, declined or cancelled grant, or a prompt that was partly cached. D is the
+most by which returns have held the level below an earlier one.
 
-Service that was delivered differs from the counters by what is not yet merged and by input charged but not started:
+**Ceilings.** A client's ceiling is its counter plus the output that its granted, unfinished requests may still make
+(what they *owe*). Only a pick raises it, and the client that is picked stands at the level. So no ceiling, of a client
+that waits or of one that does not, is ever more than U + D above the level, with
 
-    S = sum over replicas of the largest net amount one report merged + the most input charge in flight of one client.
+    U = the most, over all grants, of  charge of the grant + output owed by the client's granted requests.
 
-Bound for two clients that wait throughout: 2 * (U + S). With one replica, no lookahead and immediate reports, U is at
-most the paper's and S is 0.
+A waiting client is never below the level (the lift sees to it when it arrives). Counters of waiting clients therefore
+differ by at most U + D, and those of two that wait throughout change by at most 2 (U + D) relative to each other.
+
+**Service.** Delivered service differs from the counter, lifts aside, by what is not merged yet (at most the sum over
+replicas of the largest net amount that one report merged) and by input charged but not started (at most the most in
+flight of one client); each counts at both ends of an interval. With S = that sum + that most + D:
+
+- two clients that wait throughout an interval differ by at most 2 (U + S);
+- a client that waits throughout receives at most 3 (U + S) less than any other client. (The other may rise from the
+  level to U above it, the waiting one may fall from U above it to the level, and what the other owed when the interval
+  began may come on top, once.)
+
+With one replica, lookahead 0, a report after every step and all of max_tokens reserved, the requests of an instant
+share the KV cache, so U and input in flight together are at most the paper's max(w_p * L, w_q * M) where w_p <= w_q,
+M being KV tokens: the paper's 2U holds as it stands.
+
+Assumed: weights do not change, no request makes more than its max_output, and all service follows a grant of this
+authority. What runs without one (degraded mode, grants of an authority before this one) is merged and charged, but
+nobody could know that it was owed.
 """
 
 from __future__ import annotations
@@ -25,12 +44,16 @@ from collections.abc import Callable, Collection, Mapping
 
 
 class BoundTracker:
-    """Collects U and S as the run goes; every ``saw_`` method is O(1). Amounts are service / weight."""
+    """Collects U and S as the run goes; every ``saw_`` method is cheap. Amounts are service / weight."""
 
     def __init__(self) -> None:
         self._unit = 0.0
         self._unmerged: dict[str, float] = {}
+        self._most_unmerged = 0.0
         self._in_flight = 0.0
+        self._returned = 0.0
+        self._below = 0.0
+        self._level = 0.0
 
     def saw_grant(self, charge: float, owed: float) -> None:
         """``owed``: output service that the client's granted, unfinished requests may still make, this one included."""
@@ -44,6 +67,19 @@ class BoundTracker:
         """Net amount that one report of ``replica`` added to the counters of one client or more."""
         if amount > self._unmerged.get(replica, 0.0):
             self._unmerged[replica] = amount
+            self._most_unmerged = max(self._most_unmerged, sum(self._unmerged.values()))
+
+    def lost_replica(self, replica: str) -> None:
+        """Nothing more will be merged from it."""
+        self._unmerged.pop(replica, None)
+
+    def saw_return(self, before: float, after: float) -> None:
+        """Charges returned, and the level went from ``before`` to ``after``. What it fell on any other occasion is not
+        excused: a lift that is missing must not widen the bound."""
+        risen_since = max(0.0, before - self._level)
+        self._below = max(0.0, max(0.0, self._below - risen_since) + before - after)
+        self._level = after
+        self._returned = max(self._returned, self._below)
 
     @property
     def unit(self) -> float:
@@ -51,9 +87,14 @@ class BoundTracker:
         return self._unit
 
     @property
+    def returned(self) -> float:
+        """D."""
+        return self._returned
+
+    @property
     def staleness(self) -> float:
         """S."""
-        return sum(self._unmerged.values()) + self._in_flight
+        return self._most_unmerged + self._in_flight + self._returned
 
     @property
     def bound(self) -> float:
@@ -64,50 +105,66 @@ class BoundTracker:
 class GapMonitor:
     """The worst service gap among pairs of clients, over intervals in which both wait throughout.
 
-    For each pair it keeps the least and the greatest difference of their service / weight since both wait; the worst
-    gap of any sub-interval is greatest - least. Cost per observation: (clients that changed) x (clients waiting), the
-    latter at most ``max_clients``; further clients are not watched, and :attr:`num_unwatched` counts them.
+    For each pair it keeps the greatest lead of either over the other since both wait; the worst gap of any
+    sub-interval is the sum of the two. Cost per observation: (clients that changed) x (clients watched), the latter at
+    most ``max_clients``; further clients are watched once there is room, and :attr:`num_unwatched` counts the
+    observations that were passed over.
     """
 
     def __init__(self, max_clients: int = 64) -> None:
         self._max_clients = max_clients
         self._watched: dict[str, float] = {}
-        self._range: dict[tuple[str, str], tuple[float, float]] = {}
+        self._lead: dict[str, dict[str, float]] = {}
+        """``_lead[a][b]``: the most that service of a minus service of b has been; ``_lead[b]`` has the same keys."""
         self.worst = 0.0
         self.worst_pair: tuple[str, str] | None = None
         self.num_unwatched = 0
 
     def observe(self, service: Mapping[str, float], is_waiting: Callable[[str], bool]) -> None:
         """``service``: service / weight so far of the clients whose value or waiting state may have changed."""
+        changed = []
         for client, value in service.items():
             if not is_waiting(client):
                 self._left(client)
-                continue
-            if client not in self._watched and len(self._watched) >= self._max_clients:
+            elif client in self._watched:
+                if self._watched[client] != value:
+                    self._watched[client] = value
+                    changed.append(client)
+            elif len(self._watched) < self._max_clients:
+                self._watched[client] = value
+                self._lead[client] = {}
+                changed.append(client)
+            else:
                 self.num_unwatched += 1
-                continue
-            self._watched[client] = value
-        for client in service:
-            if client in self._watched:
-                self._compare(client)
+        for client in changed:
+            self._compare(client)
 
     def _left(self, client: str) -> None:
         """The client stopped waiting: its intervals end."""
         if self._watched.pop(client, None) is not None:
-            for pair in [pair for pair in self._range if client in pair]:
-                del self._range[pair]
+            for other in self._lead.pop(client):
+                del self._lead[other][client]
 
     def _compare(self, client: str) -> None:
-        for other in self._watched:
+        mine, leads, worst = self._watched[client], self._lead[client], self.worst
+        for other, theirs in self._watched.items():
             if other == client:
                 continue
-            pair = (client, other) if client < other else (other, client)
-            difference = self._watched[pair[0]] - self._watched[pair[1]]
-            low, high = self._range.get(pair, (difference, difference))
-            low, high = min(low, difference), max(high, difference)
-            self._range[pair] = (low, high)
-            if high - low > self.worst:
-                self.worst, self.worst_pair = high - low, pair
+            lead = mine - theirs
+            if other not in leads:
+                leads[other], self._lead[other][client] = lead, -lead
+                continue
+            theirs_over_mine = self._lead[other]
+            if lead > leads[other]:
+                leads[other] = lead
+            elif -lead > theirs_over_mine[client]:
+                theirs_over_mine[client] = -lead
+            else:
+                continue
+            gap = leads[other] + theirs_over_mine[client]
+            if gap > worst:
+                worst = self.worst = gap
+                self.worst_pair = (client, other) if client < other else (other, client)
 
 
 def jain(values: Collection[float]) -> float:

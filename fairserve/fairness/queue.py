@@ -71,7 +71,7 @@ class FairQueue(Generic[Item]):
     def arrive(self, client: str, request_id: str, item: Item, place: float, *, lift: bool = True) -> float:
         """A request waits at ``place`` in its client's queue. Returns by how much the counter was lifted.
 
-        ``lift`` False is for a request that comes back (a lapsed lease, a preemption): its client never left.
+        ``lift`` False is for a request that was running here and comes back (a preemption): its client never left.
         """
         if client not in self.table:
             self.table.register(client)
@@ -136,6 +136,6 @@ class FairQueue(Generic[Item]):
         assert self._order.keys() == set(self._backlog.clients())
         for client, order in self._order.items():
             assert order == self.policy.order(client, self), client
-        client = self.least_served()
-        if client is not None:
-            assert (self._order[client], client) == min((order, name) for name, order in self._order.items())
+        first = self.least_served()
+        if first is not None:
+            assert (self._order[first], first) == min((order, name) for name, order in self._order.items())
