@@ -1,14 +1,14 @@
-"""A cluster in one process: the real Dispatcher, RouterBooks, LocalBooks and Reporters round an engine that only counts.
+"""A cluster in one process: the real Dispatcher, RouterBooks, LocalBooks and Reporters round an engine that counts.
 
-Time is virtual. Every message may be lost, repeated or late: ``network`` decides, one call at a time. Nothing here knows
-about fairness.
+Time is virtual. Every message may be lost, repeated or late: ``network`` decides, one call at a time. Nothing here
+knows about fairness.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fairserve.dispatch.dispatcher import Dispatcher, DispatchLimits
 from fairserve.dispatch.messages import Grant, ReportReply, RouterReply, Submit
@@ -67,6 +67,8 @@ class ToyReplica:
     needs: dict[str, int] = field(default_factory=dict)
     usage: dict[str, tuple[str, int, int]] = field(default_factory=dict)
     """request id -> client, input tokens and output tokens that the caller was told."""
+    delivered: dict[str, list[int]] = field(default_factory=dict)
+    """client -> input and output tokens served here, this very moment: what no report may have said yet."""
     is_alive: bool = True
 
     def accept(self, request: ToyRequest) -> None:
@@ -77,6 +79,7 @@ class ToyReplica:
     def step(self) -> None:
         for request in list(self.running.values()):
             self.book.output(request.request_id, 1)
+            self.delivered[request.client][1] += 1
             self.made[request.request_id] += 1
             if self.made[request.request_id] == request.num_output:
                 self.finish(request.request_id)
@@ -85,6 +88,7 @@ class ToyReplica:
             self.running[head.request_id] = head
             self.made[head.request_id] = 0
             self.book.started(head.request_id, head.num_input, 0)
+            self.delivered.setdefault(head.client, [0, 0])[0] += head.num_input
 
     def finish(self, request_id: str) -> None:
         """Ends here, done or aborted, waiting or running."""
@@ -176,8 +180,6 @@ class ToyCluster:
         if replica is None or not replica.is_alive:
             book.decline(grant, is_unreachable=True)
             submit = Submit(request.request_id, request.client, request.num_input, request.max_output, request.weight)
-            from dataclasses import replace
-
             book.want(
                 replace(submit, is_retry=True, waited_s=grant.waited_s),
                 self.now_s,
@@ -257,6 +259,11 @@ class ToyCluster:
             raise AssertionError("the cluster never came to rest")
         for _ in range(3):
             self.step()
+
+    def delivered(self, client: str) -> float:
+        """Service that all replicas have given this client up to now, reported or not."""
+        rows = [r.delivered[client] for r in self.replicas.values() if client in r.delivered]
+        return self.cost.service(sum(row[0] for row in rows), sum(row[1] for row in rows))
 
     def check(self) -> None:
         self.dispatcher.check()

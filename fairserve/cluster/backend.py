@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -20,7 +21,7 @@ class HandleBackend:
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[RequestOutput, None]:
         """See ``fairserve.api.service.Backend``."""
         from ray.exceptions import RayError
-        from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
+        from ray.serve.exceptions import RayServeException
 
         response = self._stream.remote(request)
         finished = False
@@ -28,15 +29,16 @@ class HandleBackend:
             async for output in response:
                 finished = output.finish_reason is not None
                 yield output
-        except FairServeError:
+        except FairServeError as error:
             finished = True
-            raise
-        except (RayError, RayServeException, DeploymentUnavailableError) as error:
+            raise _own(error) from None
+        except (RayError, RayServeException) as error:
             finished = True
-            raise ReplicaFailed(_reason(error)) from error
+            raise ReplicaFailed(type(error).__name__) from error
         finally:
             if not finished:
-                response.cancel()
+                with contextlib.suppress(Exception):  # it failed in this very moment: nothing is left to cancel
+                    response.cancel()
 
     async def limits(self) -> Limits:
         """What a replica can hold; waits until one is up."""
@@ -48,6 +50,7 @@ class HandleBackend:
         return {"ready": True}
 
 
-def _reason(error: Exception) -> str:
+def _own(error: FairServeError) -> FairServeError:
+    """The error as it was raised: what a replica raised comes in Ray's wrapper, whose text is the remote traceback."""
     cause = getattr(error, "cause", None)
-    return str(cause) if isinstance(cause, FairServeError) else type(error).__name__
+    return cause if isinstance(cause, FairServeError) else error

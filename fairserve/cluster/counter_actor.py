@@ -7,13 +7,13 @@ puts the shell round it.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from fairserve.clock import Clock, SystemClock
+from fairserve.cluster.counter_client import for_ever
 from fairserve.config import ApiConfig, CostConfig, CounterConfig, DispatchConfig, FairnessConfig, FairServeArgs
 from fairserve.dispatch.dispatcher import Dispatcher, DispatchLimits
 from fairserve.dispatch.messages import ReportReply, RouterCall, RouterReply, StepReport
@@ -66,7 +66,7 @@ class CounterService:
         self._dispatcher = self._new_dispatcher(self._args, epoch or time.time_ns())
         self._store = SqliteStore(self._config.snapshot_path) if self._config.snapshot_path else None
         self._restore()
-        self._wake: dict[str, asyncio.Event] = {}
+        self._polls: dict[str, set[asyncio.Event]] = {}
         self._ticking: asyncio.Task[None] | None = None
         self._saved_s = self._busy_s = self._clock.now_s()
 
@@ -80,14 +80,21 @@ class CounterService:
 
     async def poll(self, call: RouterCall) -> RouterReply:
         """Grants for this router, as soon as there are any, at the latest after ``poll_s``."""
-        event = self._wake.setdefault(call.router, asyncio.Event())
-        event.clear()
         reply = self._dispatcher.poll(call, self._now_s())
         if reply.grants or reply.resubmit:
             return reply
-        with contextlib.suppress(TimeoutError):
+        event = asyncio.Event()
+        polls = self._polls.setdefault(call.router, set())  # more than one when the router gave one up
+        polls.add(event)
+        try:
             async with asyncio.timeout(self._config.poll_s):
                 await event.wait()
+        except TimeoutError:
+            pass
+        finally:
+            polls.discard(event)
+            if not polls:
+                self._polls.pop(call.router, None)
         return self._dispatcher.poll(call, self._now_s())
 
     async def report(self, report: StepReport) -> ReportReply:
@@ -110,8 +117,7 @@ class CounterService:
             snapshot = self._dispatcher.dump()
             self._dispatcher = self._new_dispatcher(args, max(time.time_ns(), self._dispatcher.epoch + 1))
             self._dispatcher.load(snapshot)
-            for event in self._wake.values():
-                event.set()
+            self._wake(self._polls)
         self._args, self._config = args, args.counter
         return self._dispatcher.epoch
 
@@ -140,28 +146,30 @@ class CounterService:
 
     def _now_s(self) -> float:
         if self._ticking is None:
-            self._ticking = asyncio.get_running_loop().create_task(self._tick())
+            self._ticking = asyncio.get_running_loop().create_task(for_ever(self._tick))
         return self._clock.now_s()
 
     def _wake_routers(self) -> None:
-        for router in self._dispatcher.take_routers_to_wake():
-            if router in self._wake:
-                self._wake[router].set()
+        self._wake(self._dispatcher.take_routers_to_wake())
+
+    def _wake(self, routers: Iterable[str]) -> None:
+        for router in routers:
+            for event in self._polls.get(router, ()):
+                event.set()
 
     async def _tick(self) -> None:
-        while True:
-            await asyncio.sleep(TICK_S)
-            now_s = self._clock.now_s()
-            self._dispatcher.tick(now_s)
-            self._wake_routers()
-            if self._store is not None and now_s - self._saved_s >= self._config.snapshot_s:
-                self._saved_s = now_s
-                await self._save(self._store)
-            if self._dispatcher.is_idle:
-                if now_s - self._busy_s > self._config.idle_ttl_s and self._on_idle is not None:
-                    self._on_idle()
-            else:
-                self._busy_s = now_s
+        await asyncio.sleep(TICK_S)
+        now_s = self._clock.now_s()
+        self._dispatcher.tick(now_s)
+        self._wake_routers()
+        if self._store is not None and now_s - self._saved_s >= self._config.snapshot_s:
+            self._saved_s = now_s
+            await self._save(self._store)
+        if self._dispatcher.is_idle:
+            if now_s - self._busy_s > self._config.idle_ttl_s and self._on_idle is not None:
+                self._on_idle()
+        else:
+            self._busy_s = now_s
 
     async def _save(self, store: SqliteStore) -> None:
         try:

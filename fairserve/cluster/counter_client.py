@@ -21,7 +21,21 @@ logger = logging.getLogger(__name__)
 RETRY_S = 0.1
 """Pause between two tries while the counter actor does not answer."""
 
+LATE = 1.1
+"""A time-out that fires this many times too late tells of a stalled event loop, not of a silent actor."""
+
 Reply = TypeVar("Reply")
+
+
+async def for_ever(step: Callable[[], Awaitable[None]]) -> None:
+    """Repeat ``step``. What it raises is a bug, which is logged and survived: nobody would notice a task that died of
+    it, and all who depend on it would wait for ever."""
+    while True:
+        try:
+            await step()
+        except Exception:
+            logger.exception("unexpected; going on")
+            await asyncio.sleep(RETRY_S)
 
 
 class CounterTransport(Protocol):
@@ -35,12 +49,13 @@ class CounterTransport(Protocol):
 class RayTransport:
     """Calls the named actor; finds it again (or has ``find`` start it) after a call that failed.
 
-    ``find`` blocks on Ray, so it runs on a thread.
+    ``find`` blocks on Ray, for as long as a partition lasts: it runs on a thread, one at a time.
     """
 
     def __init__(self, find: Callable[[], Any], actor: Any = None) -> None:
         self._find = find
         self._actor = actor
+        self._finding: asyncio.Task[Any] | None = None
 
     async def route(self, call: RouterCall) -> RouterReply:
         reply: RouterReply = await self._call("route", call)
@@ -57,13 +72,24 @@ class RayTransport:
     async def _call(self, method: str, message: object) -> Any:
         from ray.exceptions import ActorDiedError
 
-        if self._actor is None:
-            self._actor = await asyncio.to_thread(self._find)
+        actor = self._actor or await self._found()
         try:
-            return await getattr(self._actor, method).remote(message)
+            return await getattr(actor, method).remote(message)
         except ActorDiedError:
-            self._actor = None
+            if self._actor is actor:
+                self._actor = None
             raise
+
+    async def _found(self) -> Any:
+        if self._finding is None:
+            self._finding = asyncio.create_task(asyncio.to_thread(self._find))
+            self._finding.add_done_callback(self._on_found)
+        return await asyncio.shield(self._finding)
+
+    def _on_found(self, finding: asyncio.Task[Any]) -> None:
+        self._finding = None
+        if not finding.cancelled() and finding.exception() is None:
+            self._actor = finding.result()
 
 
 class CounterLink:
@@ -83,10 +109,7 @@ class CounterLink:
         """The reply, or None when it did not come in time or the call failed."""
         began_s = self._clock.now_s()
         try:
-            async with asyncio.timeout(self._timeout_s):
-                reply = await attempt()
-        except asyncio.CancelledError:
-            raise
+            reply = await self._in_time(attempt)
         except Exception as error:
             self.num_faults += 1
             # A first call after a long silence has the whole time-out, like any other.
@@ -100,6 +123,26 @@ class CounterLink:
         self.is_down = False
         self._last_success_s = self._clock.now_s()
         return reply
+
+    async def _in_time(self, attempt: Callable[[], Awaitable[Reply]]) -> Reply:
+        """The reply of ``attempt``. When this event loop stalled meanwhile, the reply may stand in line behind the
+        time-out that fired: it gets one more.
+
+        Raises:
+            TimeoutError: there was none in time.
+        """
+        task = asyncio.ensure_future(attempt())
+        try:
+            for _ in range(2):
+                began_s = self._clock.now_s()
+                await asyncio.wait({task}, timeout=self._timeout_s)
+                if task.done():
+                    return task.result()
+                if self._clock.now_s() - began_s < LATE * self._timeout_s:
+                    break
+            raise TimeoutError
+        finally:
+            task.cancel()
 
 
 class RouterClient:
@@ -130,13 +173,13 @@ class RouterClient:
         self._start()
         request_id = submit.request_id
         future: asyncio.Future[Grant | None] = asyncio.get_running_loop().create_future()
-        self._waiters[request_id] = future
         self._book.want(
             submit,
             self._clock.now_s(),
             on_grant=lambda grant: self._on_grant(grant, future),
             on_refusal=lambda error: self._on_refusal(request_id, error, future),
         )
+        self._waiters[request_id] = future
         self._waiting.set()
         self._news.set()
         if self._link.is_down:
@@ -149,9 +192,10 @@ class RouterClient:
             self._news.set()
             raise
 
-    def decline(self, grant: Grant) -> None:
-        """The granted replica cannot be reached: the charge returns, and the replica is granted nothing for a while."""
-        self._book.decline(grant, is_unreachable=True)
+    def decline(self, grant: Grant, *, is_unreachable: bool = True) -> None:
+        """The grant will not be used, and its charge returns. A replica that cannot be reached is granted nothing for a
+        while."""
+        self._book.decline(grant, is_unreachable=is_unreachable)
         self._news.set()
 
     async def close(self) -> None:
@@ -181,27 +225,25 @@ class RouterClient:
     def _start(self) -> None:
         if not self._tasks:
             loop = asyncio.get_running_loop()
-            self._tasks = [loop.create_task(self._send()), loop.create_task(self._poll())]
+            self._tasks = [loop.create_task(for_ever(self._send)), loop.create_task(for_ever(self._poll))]
 
     async def _send(self) -> None:
-        while True:
-            await self._news.wait()
+        while not self._book.has_news:
             self._news.clear()
-            while self._book.has_news:
-                call = self._book.compose(self._clock.now_s())
-                reply = await self._link.call(lambda call=call: self._transport.route(call))  # type: ignore[misc]
-                await self._took(reply, to_poll=False)
+            await self._news.wait()
+        call = self._book.compose(self._clock.now_s())
+        reply = await self._link.call(lambda: self._transport.route(call))
+        await self._took(reply, to_poll=False)
 
     async def _poll(self) -> None:
-        while True:
-            if not len(self._book) and not self._link.is_down:
-                self._waiting.clear()
-                await self._waiting.wait()
-            call = self._book.compose_poll()
-            reply = await self._link.call(lambda call=call: self._transport.poll(call))  # type: ignore[misc]
-            await self._took(reply, to_poll=True)
-            if reply is not None and reply.resubmit:
-                await asyncio.sleep(RETRY_S)  # polls have nothing to give until all is submitted again
+        if not len(self._book) and not self._link.is_down:
+            self._waiting.clear()
+            await self._waiting.wait()
+        call = self._book.compose_poll()
+        reply = await self._link.call(lambda: self._transport.poll(call))
+        await self._took(reply, to_poll=True)
+        if reply is not None and reply.resubmit:
+            await asyncio.sleep(RETRY_S)  # polls have nothing to give until all is submitted again
 
     async def _took(self, reply: RouterReply | None, *, to_poll: bool) -> None:
         if reply is not None:

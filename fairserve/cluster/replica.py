@@ -13,18 +13,22 @@ from typing import Any
 
 from fairserve.clock import Clock, SystemClock
 from fairserve.cluster.counter_actor import make_cost, policy_of, start_counter_actor, without_keys
-from fairserve.cluster.counter_client import RETRY_S, CounterLink, CounterTransport, RayTransport
+from fairserve.cluster.counter_client import RETRY_S, CounterLink, CounterTransport, RayTransport, for_ever
 from fairserve.cluster.outputs import OutputStream
 from fairserve.config import FairServeArgs
 from fairserve.dispatch.replica_book import BookEvents, LocalBook, Reporter
 from fairserve.engine.events import Limits, StepEvents
-from fairserve.engine.request import GenerateRequest, RequestOutput
+from fairserve.engine.request import GenerateRequest, RequestOutput, Usage
 from fairserve.errors import ReplicaFailed
 
 logger = logging.getLogger(__name__)
 
 SWITCH_INTERVAL_S = 0.0005
 """Python's thread switch interval: at the default 5 ms the event loop wakes late beside an engine thread."""
+
+STOP_S = 10.0
+"""How long the engine thread may take for its last step."""
+ENDED = "the engine thread has ended"
 
 
 class ReplicaCore:
@@ -49,6 +53,10 @@ class ReplicaCore:
         self._link = CounterLink(args.counter, clock)
         self._reporter = Reporter(name, time.time_ns())
         self._streams: dict[str, OutputStream] = {}
+        self._clients: dict[str, str] = {}
+        """request id -> client of what the engine has, also of aborted requests until their last output."""
+        self._usage: dict[str, Usage] = {}
+        self._is_leaving = False
         self._newest = StepEvents(free_kv_tokens=limits.kv_capacity_tokens, free_slots=limits.max_num_seqs)
         self._news = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -58,26 +66,32 @@ class ReplicaCore:
     def start(self, engine_loop: Any) -> None:
         self._engine_loop = engine_loop
         engine_loop.start()
-        self._reporting = self._loop.create_task(self._report_for_ever())
+        self._reporting = self._loop.create_task(for_ever(self._report_news))
 
     async def stop(self) -> None:
-        """End the engine and say goodbye with a last report."""
-        await asyncio.to_thread(self._engine_loop.stop, 10.0)
+        """End the engine and say goodbye with a last report, which has room for nothing."""
+        self._is_leaving = True
         if self._reporting is not None:
             self._reporting.cancel()
             await asyncio.gather(self._reporting, return_exceptions=True)
+        await asyncio.to_thread(self._engine_loop.stop, STOP_S)
         await asyncio.sleep(0)  # the last step's events were handed to this loop
-        if self._reporter.has_news:
-            await self._report()
+        await self._report()
 
     async def generate(self, request: GenerateRequest, waited_s: float | None = None) -> AsyncIterator[RequestOutput]:
         """Run one request; outputs of several steps are merged when the reader is slow. Closing it aborts.
 
         Raises:
-            ReplicaFailed: the engine failed this request.
+            ReplicaFailed: the engine failed this request, or has ended, or has a request of this id already.
         """
-        stream = self._streams[request.request_id] = OutputStream(waited_s)
+        request_id = request.request_id
+        if not self.is_healthy:
+            raise ReplicaFailed(ENDED)
+        if request_id in self._clients:  # a second try of Serve's, whose first one got here after all
+            raise ReplicaFailed(f"it has request {request_id!r} already")
         self._engine_loop.submit(request)
+        self._clients[request_id] = request.client
+        stream = self._streams[request_id] = OutputStream(waited_s)
         finished = False
         try:
             async for output in stream:
@@ -86,9 +100,15 @@ class ReplicaCore:
                     raise ReplicaFailed(output.error or "the engine failed")
                 yield output
         finally:
-            del self._streams[request.request_id]
+            del self._streams[request_id]
             if not finished:
-                self._engine_loop.abort(request.request_id)
+                with contextlib.suppress(ReplicaFailed):  # stopped meanwhile: it aborts all by itself
+                    self._engine_loop.abort(request_id)
+
+    def usage(self) -> dict[str, Usage]:
+        """Tokens by client of every request that has ended here, also of those whose reader left: what callers were
+        told, or would have been. In the long run the counter actor's totals are the sum of these, to the token."""
+        return dict(self._usage)
 
     @property
     def num_streams(self) -> int:
@@ -111,27 +131,39 @@ class ReplicaCore:
         self._newest = events
         self._reporter.add(book)
         for output in events.outputs:
+            if output.finish_reason is not None:
+                self._count(output)
             stream = self._streams.get(output.request_id)
             if stream is not None:
                 stream.put(output)
         if self._reporter.has_news:
             self._news.set()
 
-    async def _report_for_ever(self) -> None:
-        while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._config.heartbeat_s):
-                    await self._news.wait()
-            self._news.clear()
-            if not await self._report():
-                await asyncio.sleep(RETRY_S)
+    def _count(self, output: RequestOutput) -> None:
+        client = self._clients.pop(output.request_id)
+        so_far = self._usage.get(client, Usage(0, 0, 0))
+        self._usage[client] = so_far + output.usage
+
+    async def _report_news(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._config.heartbeat_s):
+                await self._news.wait()
+        self._news.clear()
+        if not self.is_healthy:  # no reports: what is silent is granted nothing
+            self._fail_all()
+        elif not await self._report():
+            await asyncio.sleep(RETRY_S)
+
+    def _fail_all(self) -> None:
+        for request_id, stream in self._streams.items():
+            stream.put(RequestOutput(request_id, "", (), Usage(0, 0, 0), finish_reason="error", error=ENDED))
 
     async def _report(self) -> bool:
         """One report, and its reply into the local book; False when none came."""
         newest = self._newest
         report = self._reporter.compose(
-            free_kv_tokens=newest.free_kv_tokens,
-            free_slots=newest.free_slots,
+            free_kv_tokens=0 if self._is_leaving else newest.free_kv_tokens,
+            free_slots=0 if self._is_leaving else newest.free_slots,
             kv_capacity_tokens=self.limits.kv_capacity_tokens,
             max_slots=self.limits.max_num_seqs,
             num_running=newest.num_running,
@@ -142,7 +174,8 @@ class ReplicaCore:
             return False
         reported = self._reporter.replied(reply)
         if reported is not None and reply.counters:
-            self._engine_loop.call(lambda: self._book.apply_counters(reply.counters, reported))
+            with contextlib.suppress(ReplicaFailed):  # stopped meanwhile
+                self._engine_loop.call(lambda: self._book.apply_counters(reply.counters, reported))
         if self._reporter.has_news:
             self._news.set()
         return True
@@ -186,13 +219,17 @@ class ModelReplica:
         """What this replica's engine can hold."""
         return self._core.limits
 
+    async def usage(self) -> dict[str, Usage]:
+        """See :meth:`ReplicaCore.usage`; ``handle.broadcast("usage")`` asks all replicas."""
+        return self._core.usage()
+
     async def check_health(self) -> None:
         """
         Raises:
             RuntimeError: the engine thread is gone; Serve then replaces the replica.
         """
         if not self._core.is_healthy:
-            raise RuntimeError("the engine thread has ended")
+            raise RuntimeError(ENDED)
 
     async def __del__(self) -> None:
         core = getattr(self, "_core", None)

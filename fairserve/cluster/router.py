@@ -8,6 +8,7 @@ Serve pickles this module by value, so it stays thin: everything shared is impor
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
 import uuid
@@ -42,10 +43,11 @@ class FairRouter(RequestRouter):
         )
         self._random = random.Random()
         self._by_name: dict[str, ReplicaID] = {}
+        """Every replica there ever was, so that one that is gone is not waited for."""
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         super().update_replicas(replicas)
-        self._by_name = {replica_id.unique_id: replica_id for replica_id in self._replicas}
+        self._by_name |= {replica_id.unique_id: replica_id for replica_id in self._replicas}
 
     async def _choose_replica_for_request(
         self, pending_request: PendingRequest, *, is_retry: bool = False
@@ -68,7 +70,7 @@ class FairRouter(RequestRouter):
             request.max_waiting,
         )
         if is_retry:  # Serve could not hand it to the replica: that grant is void, its place is kept
-            void = getattr(pending_request, "fairserve_grant", None)
+            void = vars(pending_request).pop("fairserve_grant", None)
             submit = replace(submit, is_retry=True, waited_s=time.time() - pending_request.created_at)
             if void is not None:
                 self._client.decline(void)
@@ -77,10 +79,11 @@ class FairRouter(RequestRouter):
             if grant is None:
                 await self._wait_for_any_replica()
                 return self._less_loaded()
-            replica = self._find(grant.replica)
-            if replica is None:
-                await self._wait_for_update(REPLICA_WAIT_S)
-                replica = self._find(grant.replica)
+            try:
+                replica = await self._find(grant.replica)
+            except asyncio.CancelledError:
+                self._client.decline(grant, is_unreachable=False)
+                raise
             if replica is not None:
                 pending_request.fairserve_grant = grant
                 pending_request.kwargs["waited_s"] = grant.waited_s
@@ -94,7 +97,12 @@ class FairRouter(RequestRouter):
         """Only reached by Serve's ``choose_replica()``; requests come through ``_choose_replica_for_request``."""
         return [[self._less_loaded()]]
 
-    def _find(self, name: str) -> RunningReplica | None:
+    async def _find(self, name: str) -> RunningReplica | None:
+        """The replica, waited for when it is unknown as yet; None for one that left, or that does not come."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(REPLICA_WAIT_S):
+                while name not in self._by_name:
+                    await self._wait_for_update()
         replica_id = self._by_name.get(name)
         return None if replica_id is None else self._replicas.get(replica_id)
 
@@ -104,12 +112,8 @@ class FairRouter(RequestRouter):
 
     async def _wait_for_any_replica(self) -> None:
         while not self._replicas:
-            await self._wait_for_update(None)
+            await self._wait_for_update()
 
-    async def _wait_for_update(self, timeout_s: float | None) -> None:
+    async def _wait_for_update(self) -> None:
         self._replicas_updated_event.clear()
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._replicas_updated_event.wait()
-        except TimeoutError:
-            pass
+        await self._replicas_updated_event.wait()

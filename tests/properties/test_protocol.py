@@ -13,10 +13,11 @@ CLIENTS = ("ann", "bob", "cyd")
 
 
 def random_life(cluster: ToyCluster, rng: random.Random, steps: int, crashes: bool, cancels: bool) -> None:
-    for i in range(steps):
+    for _ in range(steps):
         for _ in range(rng.randrange(3)):
             output = rng.randrange(1, 8)
-            request = ToyRequest(f"r{len(cluster.requests)}", rng.choice(CLIENTS), rng.randrange(1, 30), output, output + rng.randrange(4))
+            name, client, num_input = f"r{len(cluster.requests)}", rng.choice(CLIENTS), rng.randrange(1, 30)
+            request = ToyRequest(name, client, num_input, output, output + rng.randrange(4))
             cluster.submit(request, router=rng.randrange(len(cluster.routers)))
         if cancels and cluster.requests and rng.random() < 0.3:
             cluster.cancel(rng.choice(list(cluster.requests)))
@@ -39,7 +40,8 @@ def test_every_token_is_merged_exactly_once_whatever_is_lost_repeated_or_restart
     seed: int, loss: float, crashes: bool, cancels: bool, policy: str, lookahead: int
 ) -> None:
     rng = random.Random(seed)
-    cluster = ToyCluster(policy, num_replicas=2, num_routers=2, lookahead=lookahead, network=Lossy(rng, loss), step_s=0.3)
+    network = Lossy(rng, loss)
+    cluster = ToyCluster(policy, num_replicas=2, num_routers=2, lookahead=lookahead, network=network, step_s=0.3)
     random_life(cluster, rng, 60, crashes, cancels)
     cluster.run_until_quiet()
     cluster.check()
@@ -81,7 +83,7 @@ def test_a_dead_replica_loses_no_request_that_it_never_confirmed(seed: int) -> N
     random_life(cluster, rng, 20, crashes=False, cancels=False)
     cluster.run_until_quiet()
     dead = cluster.replicas["replica-1"]
-    lost = {r for r in dead.running} | set(dead.needs)
+    lost = set(dead.running) | set(dead.needs)
     ran = {request_id for request_id, _ in cluster.granted}
     assert ran == set(cluster.requests)
     done = {r for replica in cluster.replicas.values() for r in replica.usage}
