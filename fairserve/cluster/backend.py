@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -19,11 +21,23 @@ class HandleBackend:
         self._limits = handle.options(method_name="limits")
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[RequestOutput, None]:
-        """See ``fairserve.api.service.Backend``."""
+        """See ``fairserve.api.service.Backend``. What a replica gives back unserved is sent again, in its old place."""
+        first_sent_s = time.time()
+        for num_returns in itertools.count():
+            response = self._stream.remote(request, num_returns=num_returns, first_sent_s=first_sent_s)
+            returned = False
+            async with contextlib.aclosing(self._outputs(response)) as outputs:
+                async for output in outputs:
+                    returned = output.finish_reason == "returned"
+                    if not returned:
+                        yield output
+            if not returned:
+                return
+
+    async def _outputs(self, response: Any) -> AsyncGenerator[RequestOutput, None]:
         from ray.exceptions import RayError
         from ray.serve.exceptions import RayServeException
 
-        response = self._stream.remote(request)
         finished = False
         try:
             async for output in response:

@@ -10,7 +10,8 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from dataclasses import replace
+from typing import Any, Protocol
 
 from fairserve.clock import Clock, SystemClock
 from fairserve.cluster.counter_client import for_ever
@@ -48,8 +49,22 @@ def limits_of(config: DispatchConfig) -> DispatchLimits:
     return DispatchLimits(**config.model_dump())
 
 
+def store_of(config: CounterConfig) -> SqliteStore | None:
+    return SqliteStore(config.snapshot_path) if config.snapshot_path else None
+
+
+class SettingsMemory(Protocol):
+    """Outlives the actor's process, not the actor. Both methods may block."""
+
+    def recall(self) -> str | None: ...
+    def remember(self, args_json: str) -> None: ...
+
+
 class CounterService:
-    """Forwards to the Dispatcher; adds waiting (long polls), the clock and snapshots. Decides nothing."""
+    """Forwards to the Dispatcher; adds waiting (long polls), the clock and snapshots. Decides nothing.
+
+    ``memory`` keeps the settings of the newest :meth:`configure` for a restart, which comes with the first settings.
+    """
 
     def __init__(
         self,
@@ -58,13 +73,15 @@ class CounterService:
         clock: Clock | None = None,
         epoch: int | None = None,
         on_idle: Callable[[], None] | None = None,
+        memory: SettingsMemory | None = None,
     ) -> None:
-        self._args = FairServeArgs.model_validate_json(args_json)
+        self._memory = memory
+        self._args = FairServeArgs.model_validate_json((memory.recall() if memory else None) or args_json)
         self._clock = clock or SystemClock()
         self._config: CounterConfig = self._args.counter
         self._on_idle = on_idle
         self._dispatcher = self._new_dispatcher(self._args, epoch or time.time_ns())
-        self._store = SqliteStore(self._config.snapshot_path) if self._config.snapshot_path else None
+        self._store = store_of(self._config)
         self._restore()
         self._polls: dict[str, set[asyncio.Event]] = {}
         self._ticking: asyncio.Task[None] | None = None
@@ -80,7 +97,8 @@ class CounterService:
 
     async def poll(self, call: RouterCall) -> RouterReply:
         """Grants for this router, as soon as there are any, at the latest after ``poll_s``."""
-        reply = self._dispatcher.poll(call, self._now_s())
+        asked = self._dispatcher
+        reply = asked.poll(call, self._now_s())
         if reply.grants or reply.resubmit:
             return reply
         event = asyncio.Event()
@@ -95,6 +113,10 @@ class CounterService:
             polls.discard(event)
             if not polls:
                 self._polls.pop(call.router, None)
+        if (
+            self._dispatcher is not asked
+        ):  # configured anew: even after its very first call a router has to submit again
+            call = replace(call, epoch=asked.epoch)
         return self._dispatcher.poll(call, self._now_s())
 
     async def report(self, report: StepReport) -> ReportReply:
@@ -112,13 +134,19 @@ class CounterService:
     async def configure(self, args_json: str) -> int:
         """Take over the fairness and dispatch settings of a new deployment. Counters stay; a change of settings begins
         a new epoch, so that routers submit again and replicas report in full. Returns the epoch."""
+        self._now_s()
         args = FairServeArgs.model_validate_json(args_json)
         if (args.fairness, args.dispatch) != (self._args.fairness, self._args.dispatch):
             snapshot = self._dispatcher.dump()
             self._dispatcher = self._new_dispatcher(args, max(time.time_ns(), self._dispatcher.epoch + 1))
             self._dispatcher.load(snapshot)
             self._wake(self._polls)
+        if args.counter.snapshot_path != self._config.snapshot_path:
+            self._store = store_of(args.counter)
+        is_new = args != self._args
         self._args, self._config = args, args.counter
+        if is_new and self._memory is not None:
+            await asyncio.to_thread(self._memory.remember, args_json)
         return self._dispatcher.epoch
 
     async def ping(self) -> int:
@@ -185,6 +213,26 @@ def end_this_actor() -> None:
     ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
 
+class ClusterMemory:
+    """Settings in Ray's internal key-value store, under the actor's id, which a restart keeps."""
+
+    def recall(self) -> str | None:
+        from ray.experimental.internal_kv import _internal_kv_get
+
+        value = _internal_kv_get(self._key())
+        return None if value is None else value.decode()
+
+    def remember(self, args_json: str) -> None:
+        from ray.experimental.internal_kv import _internal_kv_put
+
+        _internal_kv_put(self._key(), args_json)
+
+    def _key(self) -> str:
+        import ray
+
+        return f"fairserve:settings:{ray.get_runtime_context().get_actor_id()}"
+
+
 def start_counter_actor(args: FairServeArgs) -> Any:
     """The handle of the counter actor of these settings; creates it when it is not there. Blocks on Ray.
 
@@ -208,7 +256,7 @@ def start_counter_actor(args: FairServeArgs) -> Any:
             num_cpus=0,
             resources={HEAD_NODE_RESOURCE: 0.001} if pinned else None,
         )
-        .remote(without_keys(args).model_dump_json(), on_idle=end_this_actor)
+        .remote(without_keys(args).model_dump_json(), on_idle=end_this_actor, memory=ClusterMemory())
     )
 
 

@@ -9,6 +9,8 @@ import os
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from fairserve.clock import Clock, SystemClock
@@ -28,6 +30,8 @@ SWITCH_INTERVAL_S = 0.0005
 
 STOP_S = 10.0
 """How long the engine thread may take for its last step."""
+KEEP_S, MAX_KEEP_S = 1.0, 30.0
+"""How long a request without a grant is kept waiting, at first and at the most, once the counter actor answers."""
 ENDED = "the engine thread has ended"
 
 
@@ -50,12 +54,16 @@ class ReplicaCore:
         self._book = book
         self._transport = transport
         self._config = args.counter
+        self._clock = clock
         self._link = CounterLink(args.counter, clock)
         self._reporter = Reporter(name, time.time_ns())
         self._streams: dict[str, OutputStream] = {}
         self._clients: dict[str, str] = {}
         """request id -> client of what the engine has, also of aborted requests until their last output."""
         self._usage: dict[str, Usage] = {}
+        self._return_at_s: dict[str, float] = {}
+        """Requests that came without a grant and have not started: when to give each back."""
+        self._returning: set[str] = set()
         self._is_leaving = False
         self._newest = StepEvents(free_kv_tokens=limits.kv_capacity_tokens, free_slots=limits.max_num_seqs)
         self._news = asyncio.Event()
@@ -78,8 +86,14 @@ class ReplicaCore:
         await asyncio.sleep(0)  # the last step's events were handed to this loop
         await self._report()
 
-    async def generate(self, request: GenerateRequest, waited_s: float | None = None) -> AsyncIterator[RequestOutput]:
+    async def generate(
+        self, request: GenerateRequest, waited_s: float | None = None, num_returns: int = 0
+    ) -> AsyncIterator[RequestOutput]:
         """Run one request; outputs of several steps are merged when the reader is slow. Closing it aborts.
+
+        Without ``waited_s`` it comes without a grant, from a router that cannot reach the counter actor. If it has not
+        started by the time the actor answers here again, its only output says ``returned``, for the cluster's queue to
+        have it: the time that it is kept doubles with ``num_returns``.
 
         Raises:
             ReplicaFailed: the engine failed this request, or has ended, or has a request of this id already.
@@ -92,6 +106,9 @@ class ReplicaCore:
         self._engine_loop.submit(request)
         self._clients[request_id] = request.client
         stream = self._streams[request_id] = OutputStream(waited_s)
+        if waited_s is None:
+            keep_s = min(KEEP_S * 2**num_returns, MAX_KEEP_S)
+            self._return_at_s[request_id] = self._clock.now_s() + keep_s
         finished = False
         try:
             async for output in stream:
@@ -101,6 +118,7 @@ class ReplicaCore:
                 yield output
         finally:
             del self._streams[request_id]
+            self._return_at_s.pop(request_id, None)
             if not finished:
                 with contextlib.suppress(ReplicaFailed):  # stopped meanwhile: it aborts all by itself
                     self._engine_loop.abort(request_id)
@@ -130,19 +148,37 @@ class ReplicaCore:
     def _take(self, events: StepEvents, book: BookEvents) -> None:
         self._newest = events
         self._reporter.add(book)
+        for request_id in book.started:
+            self._return_at_s.pop(request_id, None)
         for output in events.outputs:
             if output.finish_reason is not None:
                 self._count(output)
+                if output.request_id in self._returning:
+                    self._returning.discard(output.request_id)
+                    if output.finish_reason == "abort":
+                        output = replace(output, finish_reason="returned")
             stream = self._streams.get(output.request_id)
             if stream is not None:
                 stream.put(output)
         if self._reporter.has_news:
             self._news.set()
 
+    def _give_back(self) -> None:
+        """Ungranted requests that have waited here long enough: the cluster's queue is fairer than ours, and as long as
+        they stand here the replica looks full to it."""
+        now_s = self._clock.now_s()
+        for request_id in [r for r, at_s in self._return_at_s.items() if at_s <= now_s]:
+            del self._return_at_s[request_id]
+            self._returning.add(request_id)
+            self._engine_loop.abort(request_id, only_if=partial(self._book.is_unserved, request_id))
+
     def _count(self, output: RequestOutput) -> None:
-        client = self._clients.pop(output.request_id)
-        so_far = self._usage.get(client, Usage(0, 0, 0))
-        self._usage[client] = so_far + output.usage
+        client = self._clients.pop(output.request_id, None)
+        if client is not None:
+            one, all_ = output.usage, self._usage.get(client, Usage(0, 0, 0))
+            self._usage[client] = Usage(
+                all_.num_input + one.num_input, all_.num_cached + one.num_cached, all_.num_output + one.num_output
+            )
 
     async def _report_news(self) -> None:
         with contextlib.suppress(TimeoutError):
@@ -151,7 +187,9 @@ class ReplicaCore:
         self._news.clear()
         if not self.is_healthy:  # no reports: what is silent is granted nothing
             self._fail_all()
-        elif not await self._report():
+        elif await self._report():
+            self._give_back()
+        else:
             await asyncio.sleep(RETRY_S)
 
     def _fail_all(self) -> None:
@@ -210,9 +248,15 @@ class ModelReplica:
         self._core = ReplicaCore(name, engine.limits, book, transport, args, clock)
         self._core.start(EngineLoop(engine, self._core.on_step))
 
-    async def generate(self, request: GenerateRequest, waited_s: float | None = None) -> AsyncIterator[RequestOutput]:
-        """See :meth:`ReplicaCore.generate`."""
-        async for output in self._core.generate(request, waited_s):
+    async def generate(
+        self,
+        request: GenerateRequest,
+        waited_s: float | None = None,
+        num_returns: int = 0,
+        first_sent_s: float | None = None,
+    ) -> AsyncIterator[RequestOutput]:
+        """See :meth:`ReplicaCore.generate`; ``first_sent_s`` is for the router."""
+        async for output in self._core.generate(request, waited_s, num_returns):
             yield output
 
     async def limits(self) -> Limits:

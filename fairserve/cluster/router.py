@@ -69,15 +69,17 @@ class FairRouter(RequestRouter):
             request.weight,
             request.max_waiting,
         )
-        if is_retry:  # Serve could not hand it to the replica: that grant is void, its place is kept
-            void = vars(pending_request).pop("fairserve_grant", None)
-            submit = replace(submit, is_retry=True, waited_s=time.time() - pending_request.created_at)
-            if void is not None:
-                self._client.decline(void)
+        arrived_s = pending_request.kwargs.get("first_sent_s", pending_request.created_at)
+        if is_retry or pending_request.kwargs.get("num_returns"):  # it was accepted before: its place is kept
+            submit = replace(submit, is_retry=True, waited_s=time.time() - arrived_s)
+        void = vars(pending_request).pop("fairserve_grant", None)
+        if void is not None:  # Serve could not hand it to that replica
+            self._client.decline(void)
         while True:
             grant = await self._client.acquire(submit)
             if grant is None:
                 await self._wait_for_any_replica()
+                pending_request.kwargs["waited_s"] = None
                 return self._less_loaded()
             try:
                 replica = await self._find(grant.replica)
@@ -89,7 +91,7 @@ class FairRouter(RequestRouter):
                 pending_request.kwargs["waited_s"] = grant.waited_s
                 return replica
             self._client.decline(grant)
-            submit = replace(submit, is_retry=True, waited_s=time.time() - pending_request.created_at)
+            submit = replace(submit, is_retry=True, waited_s=time.time() - arrived_s)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None

@@ -115,6 +115,10 @@ class LocalBook(Generic[Request]):
     def output(self, request_id: str, num_tokens: int) -> None:
         self._charge(self._open[request_id], 0, 0, num_tokens)
 
+    def is_unserved(self, request_id: str) -> bool:
+        """The request waits here and was charged nothing yet."""
+        return request_id in self._queue and not self._open[request_id].num_input
+
     def refund_input(self, request_id: str, num_tokens: int) -> None:
         entry = self._open[request_id]
         self._charge(entry, -num_tokens, 0, 0)

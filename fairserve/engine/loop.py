@@ -39,8 +39,9 @@ class EngineLoop:
         """Add a request. One that the engine refuses comes out as an output with finish_reason 'error'."""
         self.call(lambda: self._add(request))
 
-    def abort(self, request_id: str) -> None:
-        self.call(lambda: self._engine.abort(request_id))
+    def abort(self, request_id: str, only_if: Callable[[], bool] = lambda: True) -> None:
+        """End a request wherever it stands; ``only_if`` is asked on the engine thread, just before."""
+        self.call(lambda: self._engine.abort(request_id) if only_if() else None)
 
     def call(self, fn: Callable[[], None]) -> None:
         """Run ``fn`` on the engine thread between two steps, in the order of the calls.

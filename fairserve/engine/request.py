@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "abort", "error", "returned"]
+"""``returned``: the replica gives the request back unserved, to be granted anew; callers never see it."""
 
 
 @dataclass(frozen=True, slots=True)
