@@ -72,7 +72,8 @@ class DispatchConfig(Strict):
     may be preempted and recomputed (never charged twice). null reserves all of max_tokens: then a replica never runs
     out of KV blocks, at the price of a smaller batch."""
     max_waiting: PositiveInt = 10_000
-    """Requests that may wait in the whole cluster; more are refused with 429."""
+    """Requests that may wait in the whole cluster; more are refused with 429. A client that has less than an equal
+    share of them waiting may still add, up to twice as many in all: a flood does not shut the others out."""
     max_waiting_per_client: PositiveInt = 2_000
     """Requests of one client that may wait; a key may set its own limit."""
     lease_s: PositiveFloat = 5.0
@@ -97,8 +98,8 @@ class CounterConfig(Strict):
     heartbeat_s: Annotated[float, Field(gt=0, le=10)] = 0.5
     """Seconds between reports of an idle replica."""
     snapshot_path: str | None = None
-    """SQLite file for the counters, on the node of the actor. null: no snapshots, a restarted actor starts from the
-    totals of the living replicas."""
+    """SQLite file for the counters, on the node of the actor. null: no snapshots: the totals of a restarted actor come
+    from the living replicas, and all counters begin level."""
     snapshot_s: Annotated[float, Field(gt=0, le=60)] = 1.0
     """Seconds between snapshots."""
     idle_ttl_s: PositiveFloat = 600.0

@@ -169,7 +169,7 @@ class CounterService:
                 self._dispatcher.load(snapshot)
         except ValueError as error:
             logger.error(
-                "%s; set aside as %s, counters start from the replicas' totals", error, self._store.set_aside()
+                "%s; set aside as %s, counters begin level", error, self._store.set_aside()
             )
 
     def _now_s(self) -> float:

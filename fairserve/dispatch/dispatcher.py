@@ -179,7 +179,9 @@ class Dispatcher:
         if num >= limit:
             drain = self._client_drain.get(client)
             return ClientQueueFull(client, num, limit, retry_after_s(1, drain.per_s(now_s) if drain else 0.0))
-        if len(self.queue) >= limits.max_waiting:
+        waiting = self.queue.backlog
+        share = limits.max_waiting / (waiting.num_clients + (num == 0))
+        if len(waiting) >= limits.max_waiting and (num >= share or len(waiting) >= 2 * limits.max_waiting):
             return ClusterQueueFull(len(self.queue), limits.max_waiting, retry_after_s(1, self._drain.per_s(now_s)))
         return None
 

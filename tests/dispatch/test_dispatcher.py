@@ -214,11 +214,19 @@ def test_running_requests_do_not_count_as_waiting(make_desk: MakeDesk) -> None:
     assert list(router.refused) == ["d"]
 
 
-def test_a_full_cluster_refuses_everybody(make_desk: MakeDesk) -> None:
+def test_a_full_cluster_refuses_the_flood_and_still_takes_a_client_below_an_equal_share(make_desk: MakeDesk) -> None:
+    desk = make_desk(max_waiting=4)
+    router = desk.router()
+    router.call(*(submit(f"a{i}") for i in range(6)), submit("b", "bob"))
+    assert list(router.refused) == ["a4", "a5"]
+    assert isinstance(router.refused["a4"], ClusterQueueFull)
+
+
+def test_a_cluster_that_is_full_twice_over_refuses_everybody(make_desk: MakeDesk) -> None:
     desk = make_desk(max_waiting=2)
     router = desk.router()
-    router.call(submit("a"), submit("b", "bob"), submit("c", "cyd"))
-    assert isinstance(router.refused["c"], ClusterQueueFull)
+    router.call(*(submit(name, name) for name in "abcde"))
+    assert list(router.refused) == ["e"]
 
 
 def test_a_retry_is_never_refused(make_desk: MakeDesk) -> None:
