@@ -133,6 +133,11 @@ class ReplicaCore:
         return len(self._streams)
 
     @property
+    def load(self) -> tuple[int, int]:
+        """Requests running and waiting here after the newest step."""
+        return self._newest.num_running, self._newest.num_waiting
+
+    @property
     def is_healthy(self) -> bool:
         return bool(self._engine_loop.is_alive())
 
@@ -266,6 +271,10 @@ class ModelReplica:
     async def usage(self) -> dict[str, Usage]:
         """See :meth:`ReplicaCore.usage`; ``handle.broadcast("usage")`` asks all replicas."""
         return self._core.usage()
+
+    async def load(self) -> tuple[int, int]:
+        """See :attr:`ReplicaCore.load`."""
+        return self._core.load
 
     async def check_health(self) -> None:
         """

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import Any
+import os
+import signal
+from collections.abc import Awaitable, Callable
 
 import pytest
 
@@ -48,40 +49,45 @@ async def test_a_killed_counter_actor_loses_no_request_and_no_token(served: Serv
 async def test_what_was_let_go_without_the_actor_returns_to_the_cluster_queue_when_it_is_back(served: Served) -> None:
     """Else a flood that was let through in the meantime would block the replicas for everybody else."""
     import ray
+    from ray import serve
 
-    lookahead = served.args.dispatch.lookahead
+    model = serve.get_deployment_handle("Model", app_name=served.name)
 
-    def local_backlog(status: dict[str, Any]) -> int:
-        return sum(replica["waiting"] for replica in status["replicas"].values())
+    async def local_backlog() -> int:
+        loads = await asyncio.to_thread(model.broadcast("load").results, timeout_s=30)
+        return sum(num_waiting for _, num_waiting in loads)
+
+    async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+        async with asyncio.timeout(60):
+            while not await condition():  # noqa: ASYNC110 - the state of other processes
+                await asyncio.sleep(0.1)
+
+    async def num_waiting() -> int:
+        return int((await asyncio.to_thread(served.status))["waiting"])
 
     async with served.client("flood") as flood, served.client("modest") as modest:
         long = {"model": "tiny", "prompt": "f" * 30, "max_tokens": 300, "extra_body": {"ignore_eos": True}}
         tasks = [asyncio.create_task(flood.completions.create(**long)) for _ in range(120)]
-        async with asyncio.timeout(30):
-            while (await asyncio.to_thread(served.status))["waiting"] < 80:
-                await asyncio.sleep(0.1)
-        ray.kill(served.counter_actor(), no_restart=False)
-        was_let_go = False
-        async with asyncio.timeout(40):
-            while True:
-                try:
-                    status = await asyncio.to_thread(served.status)
-                except ray.exceptions.RayError:
-                    continue  # it is not back yet
-                print(
-                    status["waiting"],
-                    status["leases"],
-                    [(r["running"], r["waiting"], r["granted_unconfirmed"]) for r in status["replicas"].values()],
-                    sum(t.done() for t in tasks),
-                )
-                was_let_go = was_let_go or local_backlog(status) > 10 * lookahead
-                if was_let_go and local_backlog(status) <= 2 * lookahead:
-                    break
-                await asyncio.sleep(0.05)
-        assert status["waiting"] > 10
+        await until(lambda: _is(num_waiting(), lambda num: num > 80))
+        actor_pid = await asyncio.to_thread(ray.get, served.counter_actor().__ray_call__.remote(_pid))
+        os.kill(actor_pid, signal.SIGSTOP)  # it hangs: calls come to their time-outs
+        try:
+            await until(lambda: _is(local_backlog(), lambda num: num > 40))
+        finally:
+            os.kill(actor_pid, signal.SIGCONT)
+        await until(lambda: _is(local_backlog(), lambda num: num <= 4))
+        assert await num_waiting() > 10
         answer = await modest.completions.create(model="tiny", prompt="m", max_tokens=2)
         assert answer.usage.completion_tokens <= 2
-        assert sum(task.done() for task in tasks) < 100, "the modest client waited for the flood to end"
+        assert sum(task.done() for task in tasks) < 110, "the modest client waited for the flood to end"
         answers = await asyncio.gather(*tasks)
     assert all(answer.usage.completion_tokens == 300 for answer in answers)
     await served.quiet()
+
+
+async def _is(value: Awaitable[int], condition: Callable[[int], bool]) -> bool:
+    return condition(await value)
+
+
+def _pid(_: object) -> int:
+    return os.getpid()
