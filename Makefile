@@ -17,8 +17,9 @@ help: ## list these targets
 setup: $(VENV)/.installed $(VENV)/.model ## make .venv with the pinned dependencies, and fetch the model
 
 $(VENV)/.installed: pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "fairserve needs Python 3.11 or later: install it, or say make PYTHON=/path/to/python"; exit 1; }
-	@test -x $(BIN)/python || { echo "making $(VENV)"; "$(PYTHON)" -m venv $(VENV); }
+	@test -n "$(PYTHON)" && "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "fairserve needs Python 3.11 or later: install it, or say make PYTHON=/path/to/python"; exit 1; }
+	@test -x $(BIN)/pip || { echo "making $(VENV)"; "$(PYTHON)" -m venv $(VENV); }
 	@echo "installing the pinned dependencies (a few minutes the first time)"
 	@$(BIN)/python -m pip install --quiet --quiet --editable '.[dev,bench]' --constraint constraints.txt
 	@touch $@

@@ -43,7 +43,7 @@ class Ingress:
 
         args = FairServeArgs.model_validate_json(args_json)
         backend = HandleBackend(model)
-        tokenizer = await asyncio.to_thread(load_tokenizer, args.model)
+        tokenizer = await asyncio.to_thread(load_tokenizer, args.model, args.engine)
         limits = await backend.limits()
         self._service = OpenAIService(args, backend, tokenizer, limits.max_model_len)
 

@@ -7,6 +7,7 @@ import contextlib
 import getpass
 import hashlib
 import json
+import os
 import secrets
 import shlex
 import signal
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fairserve import __version__
+from fairserve.api.identity import ENV_KEYS
 from fairserve.config import EMBEDDED_MODEL, ApiKey, FairServeArgs
 from fairserve.engine.embedded import EMBEDDED, cache_root, ensure_embedded, is_ready
 from fairserve.errors import ConfigError, FairServeError
@@ -115,7 +117,7 @@ def _interruptible() -> Iterator[None]:
 def welcome(args: FairServeArgs, url: str, dashboard_url: str | None) -> str:
     """What a person needs next: the URL, a curl that works as it stands, the dashboards."""
     in_clear = next((key.key for key in args.api.keys if key.key), None)
-    has_keys = bool(args.api.keys or args.api.keys_file)
+    has_keys = bool(args.api.keys or args.api.keys_file or os.environ.get(ENV_KEYS, "").strip())
     key = in_clear or ("$FAIRSERVE_KEY" if has_keys else "demo-key")
     body = {"model": args.model_name, "messages": [{"role": "user", "content": "What is the capital of France?"}]}
     lines = [
@@ -127,8 +129,8 @@ def welcome(args: FairServeArgs, url: str, dashboard_url: str | None) -> str:
         "",
     ]
     if not has_keys:
-        lines.append("OPEN unless FAIRSERVE_API_KEYS is set: anybody who reaches this port may call, and the bearer")
-        lines.append("token names the client. `fairserve keys new CLIENT` makes a key.")
+        lines.append("OPEN, without any key: anybody who reaches this port may call, and the bearer token names the")
+        lines.append("client. `fairserve keys new CLIENT` makes a key.")
     lines.append(f"dashboards: {dashboard_url or 'none, Ray started without its dashboard'} (Ray)")
     lines.append("Ctrl-C stops it.")
     return "\n".join(lines)

@@ -55,6 +55,8 @@ class CostConfig(Strict):
 
 
 class FairnessConfig(Strict):
+    """Who goes next."""
+
     policy: Literal["vtc", "fcfs", "lcf", "rpm"] = "vtc"
     """vtc: least service first, newcomers lifted. lcf: the same without the lift. fcfs: order of arrival.
     rpm: order of arrival, at most rpm_limit requests a minute per client."""
@@ -64,6 +66,8 @@ class FairnessConfig(Strict):
 
 
 class DispatchConfig(Strict):
+    """When and where waiting requests are granted, and how many may wait."""
+
     lookahead: Annotated[int, Field(ge=0)] = 1
     """Requests granted to a replica beyond its running slots, so that a freed slot is refilled without a round
     trip to the counter actor."""
@@ -87,6 +91,8 @@ class DispatchConfig(Strict):
 
 
 class CounterConfig(Strict):
+    """The counter actor, and how routers and replicas reach it."""
+
     name: str = "fairserve-counters"
     """Name of the counter actor in its Ray namespace; two services on one cluster need two names."""
     namespace: str = "fairserve"
@@ -115,6 +121,8 @@ class CounterConfig(Strict):
 
 
 class EngineConfig(Strict):
+    """The engine of one replica."""
+
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where torch sees a GPU, else cpu."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -131,10 +139,11 @@ class EngineConfig(Strict):
     max_num_batched_tokens: PositiveInt = 256
     """Tokens one step may compute: every running request's next token first, then prompt chunks."""
     kv_cache_tokens: PositiveInt | None = None
-    """Tokens the KV cache of one replica holds, at least max_model_len. null: on a CPU the larger of max_model_len
-    and 16,384, on a GPU what gpu_memory_fraction leaves."""
+    """Tokens the KV cache of one replica holds; max_model_len is cut to it where it is smaller. null: enough for
+    min(max_num_seqs, 8) requests of max_model_len on a CPU, as far as a quarter of the free memory holds them; for
+    max_num_seqs of them on a GPU, as far as gpu_memory_fraction leaves room."""
     block_size: PositiveInt = 16
-    """Tokens in one KV block."""
+    """Tokens in one KV block; rounded up to what the attention needs (64 with xformers)."""
     gpu_memory_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9
     """GPU only: part of the memory used for weights and KV cache together."""
     num_threads: PositiveInt | None = None
@@ -167,6 +176,8 @@ class ApiKey(Strict):
 
 
 class ApiConfig(Strict):
+    """The HTTP door: who may come in, and how much one request may ask for."""
+
     keys: tuple[ApiKey, ...] = ()
     """API keys. With no key here, in keys_file and in the environment (FAIRSERVE_API_KEYS, the same JSON list),
     the service runs OPEN: anybody may call, and the bearer token, unchecked, names the client."""
@@ -185,7 +196,7 @@ class ApiConfig(Strict):
     """max_tokens of a request that names none. null: 16 for completions (OpenAI's default); for chat what is left
     of the context."""
     request_timeout_s: PositiveFloat = 3600.0
-    """Seconds from arrival to the last token after which a request is cancelled."""
+    """Seconds that a request, once read and tokenized, may wait and run; then it is cancelled."""
 
 
 class FairServeArgs(Strict):

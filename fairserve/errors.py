@@ -18,7 +18,6 @@
     |   +-- RateLimited             policy ``rpm``: too many requests in the window
     +-- RequestTimeout              not finished within request_timeout_s (HTTP 504)
     +-- ReplicaFailed               the replica died or its engine failed (HTTP 503)
-    +-- ProtocolError               two parts of the cluster disagree; a bug
 
 Every error carries its numbers as attributes and survives pickling, because it may cross processes.
 """
@@ -61,13 +60,6 @@ class ModelError(FairServeError):
 
     def __init__(self, model: str, detail: str) -> None:
         super().__init__(model=model, detail=detail)
-
-
-class ProtocolError(FairServeError):
-    message = "{detail}"
-
-    def __init__(self, detail: str) -> None:
-        super().__init__(detail=detail)
 
 
 class RequestError(FairServeError):

@@ -65,6 +65,9 @@ def _lines(model: type[BaseModel], indent: int) -> Iterator[str]:
             yield f"{pad}{name}:"
             yield from _lines(section, indent + 1)
             continue
+        if field.is_required():
+            yield f"{pad}{name}:  # required"
+            continue
         value = field.get_default(call_default_factory=True)
         yield f"{pad}{name}: {_scalar(list(value) if isinstance(value, tuple) else value)}"
         for item in filter(_is_model, get_args(field.annotation)):  # a list of entries: show one, commented out
@@ -86,8 +89,6 @@ def _choices(kind: Any) -> list[str]:
 
 
 def _scalar(value: Any) -> str:
-    if repr(value) == "PydanticUndefined":
-        return "  # required"
     return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n").removesuffix("\n...")
 
 

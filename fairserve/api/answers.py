@@ -64,7 +64,8 @@ class Answer(ABC):
     def usage(self, outputs: Mapping[int, RequestOutput]) -> Json:
         """OpenAI's usage: a prompt counts once however many choices it has.
 
-        The client's counter is charged for every sequence, so n = 3 costs three (mostly cached) prompts there.
+        The client's counter is charged for what is computed, which is the prompt of every sequence: n = 3 costs three
+        prompts there, less what a prefix cache holds once there is one.
         """
         requests, n = self._job.requests, self._job.n
         num_prompt = sum(request.num_input for request in requests[::n])

@@ -82,7 +82,7 @@ class Identities:
         """Keys of the configuration, of its keys_file and of the environment together."""
         keys = [*config.keys]
         if config.keys_file is not None:
-            keys += _keys_in_file(Path(config.keys_file))
+            keys += _keys_in_file(Path(config.keys_file).expanduser())
         if environ.get(ENV_KEYS, "").strip():
             keys += _keys_in_env(environ[ENV_KEYS])
         identities = cls(keys, header=config.trusted_client_header, gateways=config.trusted_gateways)

@@ -24,7 +24,7 @@ MAX_STOP_CHARS = 512
 MAX_NAME_CHARS = 64
 """Characters of an unknown field's name that an error repeats (and that are compared with the known names)."""
 MIN_TEMPERATURE = 0.01
-"""Below this a temperature other than 0 acts as this one: dividing logits by less overflows half precision."""
+"""Below this a temperature other than 0 acts as this one, as in vLLM."""
 
 Prompt = str | tuple[int, ...]
 """Text to tokenize, or token ids as they are."""

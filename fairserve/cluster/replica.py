@@ -99,8 +99,6 @@ class ReplicaCore:
             ReplicaFailed: the engine failed this request, or has ended, or has a request of this id already.
         """
         request_id = request.request_id
-        if not self.is_healthy:
-            raise ReplicaFailed(ENDED)
         if request_id in self._clients:  # a second try of Serve's, whose first one got here after all
             raise ReplicaFailed(f"it has request {request_id!r} already")
         self._engine_loop.submit(request)

@@ -25,10 +25,17 @@ class FastDecoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: tuple[int, ...]) -> None:
         self._tokenizer: Any = tokenizer.backend_tokenizer
-        self._stream = DecodeStream(ids=list(prompt[-_CONTEXT:]), skip_special_tokens=True)
+        context = list(prompt[-_CONTEXT:])
+        self._stream = DecodeStream(ids=context, skip_special_tokens=True)
+        known = self._tokenizer.decode(context, skip_special_tokens=True)
+        self._known = known.rstrip(_UNFINISHED) if known.endswith(_UNFINISHED) else ""
+        """Text of a context that ends within a character: the stream gives it out with its first new text."""
 
     def push(self, token_id: int) -> str:
-        return self._stream.step(self._tokenizer, token_id) or ""
+        text = self._stream.step(self._tokenizer, token_id) or ""
+        if text and self._known:
+            text, self._known = text.removeprefix(self._known), ""
+        return text
 
 
 class WindowDecoder:
@@ -42,7 +49,7 @@ class WindowDecoder:
 
     def push(self, token_id: int) -> str:
         self._window.append(token_id)
-        old = self._decode(self._window[: self._num_read])
+        old = self._decode(self._window[: self._num_read]).rstrip(_UNFINISHED)
         new = self._decode(self._window)
         if len(new) <= len(old) or new.endswith(_UNFINISHED):
             return ""

@@ -28,7 +28,7 @@ from fairserve.engine.request import FinishReason, GenerateRequest, RequestOutpu
 from fairserve.engine.runner import Runner
 from fairserve.engine.sampling import Sampled, Sampler
 from fairserve.engine.sizing import choose_attention, kv_tokens
-from fairserve.errors import ConfigError, FairServeError, InvalidRequest, PromptTooLong
+from fairserve.errors import ConfigError, InvalidRequest, PromptTooLong
 
 logger = logging.getLogger(__name__)
 
@@ -98,17 +98,14 @@ class Engine:
         self._account.received(request)
         try:
             self._check_request(request)
-        except FairServeError:
+            text = TextOutput(self._tokenizer, request.prompt_token_ids, request.sampling)
+        except Exception:
             self._account.finished(request_id)
             raise
         seed = request.sampling.seed
         if seed is None:
             seed, self._next_seed = self._next_seed, self._next_seed + 1
-        live = _Live(
-            request,
-            TextOutput(self._tokenizer, request.prompt_token_ids, request.sampling),
-            self._kv.blocks_for(self._reservation(request)),
-        )
+        live = _Live(request, text, self._kv.blocks_for(self._reservation(request)))
         self._runner.sampler.add(request, seed)
         self._live[request_id] = live
         self._reserved_blocks += live.reserved_blocks
@@ -276,7 +273,8 @@ class Engine:
         )
 
     def _free_kv_tokens(self) -> int:
-        """Counted in whole blocks: with everything reserved (the default) no decode ever finds the cache full."""
+        """Counted in whole blocks: with everything reserved (``reserve_output_tokens`` None) no decode ever finds the
+        cache full."""
         over = 0
         for sequences in (self._batcher.running, self._batcher.preempted):
             for request_id, sequence in sequences.items():

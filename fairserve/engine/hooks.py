@@ -1,6 +1,6 @@
 """What the engine asks of its surroundings: who goes next, and where charges go. Two small protocols.
 
-``dispatch/local.py`` implements both with the cluster's policy and counters; a test may pass something simpler.
+``dispatch/replica_book.py`` implements both with the cluster's policy and counters; a test may pass something simpler.
 All methods are called on the engine thread.
 """
 

@@ -104,6 +104,9 @@ class EngineLoop:
             self._engine.add(request)
         except FairServeError as error:
             self._engine.refuse(request.request_id, str(error))
+        except Exception as error:  # a bug, or a tokenizer's: nobody may hang on it
+            logger.exception("request %s could not be taken", request.request_id)
+            self._engine.refuse(request.request_id, f"the request could not be taken: {error}")
 
     def _guarded(self, fn: Callable[[], None]) -> None:
         try:

@@ -132,7 +132,7 @@ def _draw(scores: Tensor, rows: list[_Row]) -> Tensor:
 def _draw_sorted(scores: Tensor, rows: list[_Row]) -> Tensor:
     """Token ids [R], drawn after top_k, top_p and min_p."""
     vocabulary = scores.shape[-1]
-    top_k = [row.params.top_k or vocabulary for row in rows]
+    top_k = [min(row.params.top_k or vocabulary, vocabulary) for row in rows]  # no float holds 10**400
     total = scores.logsumexp(dim=-1, keepdim=True)
     size = min(_CANDIDATES, vocabulary)
     values, ids = scores.topk(size, dim=-1)

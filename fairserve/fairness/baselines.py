@@ -23,7 +23,6 @@ class Fcfs:
     """First come, first served, over all clients."""
 
     name = "fcfs"
-    by_counter = False
 
     def order(self, client: str, waiting: WaitingClients) -> float:
         return waiting.place(client)

@@ -18,8 +18,6 @@ from fairserve.fairness.waiting import WaitingClients
 
 class Policy(Protocol):
     name: str
-    by_counter: bool
-    """True when :meth:`order` is the client's counter: then counters must be kept fresh while it waits."""
 
     def order(self, client: str, waiting: WaitingClients) -> float:
         """The client with the least value goes next; equal values go by the client's name."""

@@ -9,7 +9,6 @@ class Vtc:
     """Least counter first; a client that becomes active is lifted, so that idling earns nothing."""
 
     name = "vtc"
-    by_counter = True
 
     def order(self, client: str, waiting: WaitingClients) -> float:
         return waiting.counter(client)

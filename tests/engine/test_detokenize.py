@@ -56,6 +56,13 @@ def test_an_unfinished_character_at_the_end_is_not_text(decoder):
 
 
 @DECODERS
+def test_a_prompt_that_ends_within_a_character_does_not_come_back(decoder):
+    *prompt, last = encode("hello é")
+    output = decoder(TOKENIZER, tuple(prompt))
+    assert [output.push(token) for token in (last, *encode("!"))] == ["é", "!"]
+
+
+@DECODERS
 def test_special_tokens_give_no_text(decoder):
     output = decoder(TOKENIZER, PROMPT)
     special = TOKENIZER.convert_tokens_to_ids("<|end|>")

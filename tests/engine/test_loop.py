@@ -102,6 +102,18 @@ def test_a_refused_request_comes_back_as_an_error_and_the_loop_lives_on(running)
     assert finished["fine"][0].finish_reason != "error"
 
 
+def test_a_tokenizer_that_fails_on_a_request_leaves_nobody_waiting(running, monkeypatch, caplog):
+    def broken(*_: object) -> None:
+        raise ValueError("no such token")
+
+    monkeypatch.setattr("fairserve.engine.engine.TextOutput", broken)
+    running.loop.submit(request("r", prompt_of(5)))
+    output, _ = running.until_finished("r")["r"]
+    assert output.finish_reason == "error"
+    assert running.driver.ledger.is_finished == {"r"}
+    assert "could not be taken" in caplog.text
+
+
 def test_a_call_runs_on_the_engine_thread_and_its_failure_harms_nobody(running, caplog):
     where: queue.Queue[str] = queue.Queue()
 

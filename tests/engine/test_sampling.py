@@ -52,7 +52,7 @@ def test_no_temperature_is_too_small():
     assert tokens(LOGITS * 100, 5, temperature=2e-5) == [0] * 5
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 4, 100])
+@pytest.mark.parametrize("top_k", [1, 2, 4, 100, pytest.param(10**400, id="huge")])
 def test_top_k_keeps_the_k_best_and_their_proportions(top_k):
     kept = TopKLogitsWarper(top_k)(None, LOGITS.view(1, -1))
     assert torch.allclose(shares(top_k=top_k), kept[0].softmax(-1), atol=0.03)
