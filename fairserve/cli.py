@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fairserve import __version__
-from fairserve.api.identity import ENV_KEYS
+from fairserve.api.identity import ENV_KEYS, Identities
 from fairserve.config import EMBEDDED_MODEL, ApiKey, FairServeArgs
 from fairserve.engine.embedded import EMBEDDED, cache_root, ensure_embedded, is_ready
 from fairserve.errors import ConfigError, FairServeError
@@ -85,6 +85,7 @@ def serve(options: argparse.Namespace) -> None:
     args = read_settings(options.config, options.settings)
     if args.model in EMBEDDED:
         ensure_embedded(args.model, progress=lambda line: print(line, file=sys.stderr))
+    Identities.from_config(args.api, os.environ)  # wrong keys show now, not inside a replica in half a minute
     print(f"starting Ray and {args.num_replicas} replicas of {args.model} (about 30 s)", file=sys.stderr)
     from fairserve.local import local_service  # Ray takes two seconds to import
 

@@ -198,6 +198,14 @@ class ApiConfig(Strict):
     request_timeout_s: PositiveFloat = 3600.0
     """Seconds that a request, once read and tokenized, may wait and run; then it is cancelled."""
 
+    @model_validator(mode="after")
+    def _header_and_gateways_together(self) -> ApiConfig:
+        if (self.trusted_client_header is None) != (not self.trusted_gateways):
+            raise ValueError(
+                "trusted_client_header and trusted_gateways have an effect only together: give both or none"
+            )
+        return self
+
 
 class FairServeArgs(Strict):
     """Arguments of ``fairserve.app:build_app`` and of every deployment file."""

@@ -76,8 +76,11 @@ def local_cluster(
 
 
 @contextlib.contextmanager
-def running_app(args: FairServeArgs, *, quiet: bool = False) -> Iterator[None]:
-    """fairserve in the Ray that this process is connected to, until the block ends; another may follow."""
+def running_app(args: FairServeArgs, *, quiet: bool = False, wait: bool = True) -> Iterator[None]:
+    """fairserve in the Ray that this process is connected to, until the block ends.
+
+    With ``wait`` it is gone by then, and another may follow; without, streams that run may run on until Ray ends.
+    """
     from ray import serve
 
     from fairserve.app import build_app
@@ -86,7 +89,7 @@ def running_app(args: FairServeArgs, *, quiet: bool = False) -> Iterator[None]:
         serve.run(build_app(args), name=APP, route_prefix="/", logging_config=_logs(quiet))
         yield
     finally:
-        serve.delete(APP)
+        serve.delete(APP, _blocking=wait)
         forget_counters(args)
 
 
@@ -107,7 +110,10 @@ def local_service(
     Raises:
         ConfigError: somebody else listens on the port.
     """
-    with local_cluster(args, host, port, dashboard=dashboard, quiet=quiet) as cluster, running_app(args, quiet=quiet):
+    with (
+        local_cluster(args, host, port, dashboard=dashboard, quiet=quiet) as cluster,
+        running_app(args, quiet=quiet, wait=False),
+    ):
         yield cluster
 
 

@@ -32,6 +32,8 @@ OPEN_WARNING = (
     "fairserve runs OPEN: no API key is configured, anybody may call, and the unchecked bearer token names the client. "
     f"For anything but development set api.keys, api.keys_file or {ENV_KEYS}."
 )
+MAX_SHOWN_TOKEN = 32
+SECRET_PREFIXES = ("fs-", "sk-")
 CLIENT_NAME = re.compile(r"[A-Za-z0-9._:@-]{1,64}")
 _KEY_LIST = TypeAdapter(tuple[ApiKey, ...])
 
@@ -129,9 +131,11 @@ def _bearer(headers: Headers) -> bytes | None:
 
 
 def _name_for(token: bytes) -> str:
-    """Open mode: a client name that holds no strange characters."""
+    """Open mode: a client name that holds no strange characters. What looks like a real secret (long, or with a key's
+    prefix) is never shown as a name: names stand in answers, logs and snapshots."""
     text = token.decode("latin-1")
-    return text if CLIENT_NAME.fullmatch(text) else f"key-{hashlib.sha256(token).hexdigest()[:8]}"
+    is_secret = len(text) > MAX_SHOWN_TOKEN or text.startswith(SECRET_PREFIXES)
+    return text if CLIENT_NAME.fullmatch(text) and not is_secret else f"key-{hashlib.sha256(token).hexdigest()[:8]}"
 
 
 def _digest_of(key: ApiKey) -> bytes:

@@ -168,9 +168,7 @@ class CounterService:
             if snapshot is not None:
                 self._dispatcher.load(snapshot)
         except ValueError as error:
-            logger.error(
-                "%s; set aside as %s, counters begin level", error, self._store.set_aside()
-            )
+            logger.error("%s; set aside as %s, counters begin level", error, self._store.set_aside())
 
     def _now_s(self) -> float:
         if self._ticking is None:

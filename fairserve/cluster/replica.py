@@ -298,8 +298,8 @@ def _begin(args: FairServeArgs) -> Any:
     return actor
 
 
-def num_threads(args: FairServeArgs, cores: Callable[[], int | None] = os.cpu_count) -> int:
+def num_threads(args: FairServeArgs, cores: Callable[[], int] = lambda: len(os.sched_getaffinity(0))) -> int:
     """Torch threads of one replica on a CPU, when the configuration leaves it open."""
     if args.engine.num_threads is not None:
         return args.engine.num_threads
-    return max(1, (cores() or 1) // args.num_replicas)
+    return max(1, cores() // args.num_replicas)

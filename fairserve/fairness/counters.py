@@ -68,7 +68,7 @@ class CounterTable:
         return rise
 
     def rebase(self) -> float:
-        """Subtract the least counter from all, so that floats keep their precision for ever. Returns what it took."""
+        """Subtract the least counter from all, so that floats keep their precision. Returns what it took."""
         base = min(self._counter.values(), default=0.0)
         if base:
             for client in self._counter:

@@ -222,10 +222,21 @@ def test_a_trusted_gateway_names_a_known_client_or_a_new_one_or_none() -> None:
 
 def test_the_header_of_anybody_else_is_ignored() -> None:
     assert gatewayed().identify(headers("sk-alice-secret", ("x-client-id", "bob"))).name == "alice"
-    no_header = identities(ALICE, GATEWAY, trusted_gateways=("gateway",))
-    assert no_header.identify(headers("sk-gateway-secret", ("x-client-id", "bob"))).name == "gateway"
-    no_gateway = identities(ALICE, GATEWAY, trusted_client_header="X-Client-Id")
+    no_gateway = identities(ALICE, GATEWAY)
     assert no_gateway.identify(headers("sk-gateway-secret", ("x-client-id", "bob"))).name == "gateway"
+
+
+@pytest.mark.parametrize("half", [{"trusted_gateways": ("gateway",)}, {"trusted_client_header": "X-Client-Id"}])
+def test_a_header_without_gateways_or_the_reverse_is_refused_because_it_would_do_nothing(half: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="only together"):
+        identities(ALICE, GATEWAY, **half)
+
+
+@pytest.mark.parametrize("token", ["sk-proj-0123456789", "fs-0123456789", "x" * 40])
+def test_in_open_mode_what_looks_like_a_secret_is_no_name(token: str) -> None:
+    name = identities().identify(headers(token)).name
+    assert name.startswith("key-")
+    assert token not in name
 
 
 def test_in_open_mode_the_header_is_ignored_even_from_a_caller_with_the_gateways_name() -> None:
