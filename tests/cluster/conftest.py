@@ -35,6 +35,18 @@ class Served:
 
         return ray.get(self.counter_actor().status.remote(), timeout=30)
 
+    def usage(self) -> dict[str, tuple[int, int]]:
+        """Input and output tokens by client that the living replicas told their callers, or would have told those who
+        left: of every request that has ended."""
+        from ray import serve
+
+        sums: dict[str, tuple[int, int]] = {}
+        for told in serve.get_deployment_handle("Model", app_name=self.name).broadcast("usage").results(timeout_s=30):
+            for client, usage in told.items():
+                num_input, num_output = sums.get(client, (0, 0))
+                sums[client] = (num_input + usage.num_input, num_output + usage.num_output)
+        return sums
+
     def client(self, key: str = "anyone") -> Any:
         """An ``openai.AsyncOpenAI`` for one bearer token."""
         import openai
@@ -93,6 +105,7 @@ def serve_app(ray_cluster: Any, http_port: int, tiny_model: Path) -> Iterator[Ca
                     "engine": engine,
                     "counter": counter,
                     "max_generation_s": 5.0,
+                    "dispatch": {"replica_dead_s": 10.0},  # so that a test of a dead one is not long
                     **settings,
                 }
             )

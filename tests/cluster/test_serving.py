@@ -61,70 +61,94 @@ async def test_both_replicas_and_both_ingresses_take_part(served: Served) -> Non
         await asyncio.gather(*(client.completions.create(model="tiny", prompt=f"{i}", max_tokens=8) for i in range(64)))
     status = await served.quiet()
     assert len(status["replicas"]) == 2
-    assert status["routers"] == 2
+    assert status["routers"] >= 2  # doors of other tests may still be remembered
 
 
 async def test_charges_equal_reported_usage_after_random_disconnects(served: Served, rng: Any) -> None:
-    """To the token: of streams that were cut, everything the replica made is charged, nothing more."""
+    """To the token, for every client: of streams that were read to their end, what the last chunk said; of those that
+    were left, whatever was made by then."""
+    before, told_before = await served.quiet(), await asyncio.to_thread(served.usage)
     told = {"ann": [0, 0], "bob": [0, 0]}
+    num_cut = {"cut": 0, "hasty": 0}
 
-    async def one(client: Any, name: str, i: int) -> None:
-        tokens = rng.randrange(1, 60)
+    async def one(client: Any, name: str, kind: str) -> None:
+        """A stream read to its end, cut after some chunks, or left at any time, also before it has begun."""
+        leaves_s = rng.uniform(0, 1.5) if kind == "hasty" else None
+        try:
+            async with asyncio.timeout(leaves_s):
+                await read(client, name, kind)
+        except TimeoutError:
+            num_cut["hasty"] += 1
+
+    async def read(client: Any, name: str, kind: str) -> None:
         stream = await client.completions.create(
             model="tiny",
-            prompt="p" * rng.randrange(1, 100),
-            max_tokens=tokens,
+            prompt="p" * rng.randrange(1, 300),
+            max_tokens=rng.randrange(1, 60) if kind == "whole" else 200,
             stream=True,
             stream_options={"include_usage": True},
             extra_body={"ignore_eos": True},
         )
-        async for chunk in stream:
-            if chunk.usage:
-                told[name][0] += chunk.usage.prompt_tokens
-                told[name][1] += chunk.usage.completion_tokens
+        cut_after, num_chunks = rng.randrange(0, 20), 0
+        try:
+            async for chunk in stream:
+                num_chunks += 1
+                if kind == "cut" and num_chunks > cut_after:
+                    num_cut["cut"] += 1
+                    break
+                if chunk.usage:
+                    told[name][0] += chunk.usage.prompt_tokens
+                    told[name][1] += chunk.usage.completion_tokens
+        finally:
+            await stream.close()
 
     async with served.client("ann") as ann, served.client("bob") as bob:
-        await asyncio.gather(*(one(c, n, i) for i in range(20) for c, n in ((ann, "ann"), (bob, "bob"))))
+        pairs = ((ann, "ann"), (bob, "bob"))
+        await asyncio.gather(*(one(client, name, "whole") for _ in range(15) for client, name in pairs))
         whole = await served.quiet()
         for name, (num_input, num_output) in told.items():
-            row = whole["clients"][name]
-            assert (row["num_input"], row["num_output"]) == (num_input, num_output)
-        # Now cut streams at random; the counter may hold what was made, at most what was asked for.
-        asked = 0
-        tasks = []
-        for _ in range(30):
-            asked += 400
-            tasks.append(asyncio.create_task(_cut(ann, rng.randrange(0, 30))))
-        await asyncio.gather(*tasks)
-    after = await served.quiet()
-    row, before = after["clients"]["ann"], whole["clients"]["ann"]
-    assert row["num_output"] - before["num_output"] < asked
-    assert row["service"] == row["num_input"] + 2 * row["num_output"]
-    assert abs(after["waiting"]) == 0
+            assert gained(before, whole, name) == (num_input, num_output)
+        kinds = ("whole", "cut", "hasty") * 8
+        mixed = [(client, name, kind) for kind in kinds for client, name in pairs]
+        await asyncio.gather(*(one(*three) for three in mixed))
+    assert min(num_cut.values()) >= 4, "or this test shows nothing"
+    after, told_after = await served.quiet(), await asyncio.to_thread(served.usage)
+    for name, (num_input, num_output) in told.items():
+        charged = gained(before, after, name)
+        begun = told_before.get(name, (0, 0))
+        assert charged == (told_after[name][0] - begun[0], told_after[name][1] - begun[1])
+        assert charged[0] > num_input and charged[1] > num_output, "cut streams are charged, too"
+        assert charged[1] < num_output + 16 * 200, "what was not made is not"
+        row = after["clients"][name]
+        assert row["service"] == row["num_input"] + 2 * row["num_output"]
+    assert after["waiting"] == 0
     assert all(r["free_kv_tokens"] == r["kv_capacity_tokens"] for r in after["replicas"].values())
 
 
-async def _cut(client: Any, after: int) -> None:
-    stream = await client.completions.create(
-        model="tiny", prompt="q" * 50, max_tokens=400, stream=True, extra_body={"ignore_eos": True}
-    )
-    num = 0
-    async for _ in stream:
-        num += 1
-        if num > after:
-            break
-    await stream.close()
+def gained(before: dict[str, Any], after: dict[str, Any], client: str) -> tuple[int, int]:
+    """Input and output tokens charged to a client between two pictures."""
+    nothing = {"num_input": 0, "num_output": 0}
+    old, new = before["clients"].get(client, nothing), after["clients"][client]
+    return new["num_input"] - old["num_input"], new["num_output"] - old["num_output"]
 
 
-async def test_three_thousand_waiting_requests_do_not_deadlock(served: Served) -> None:
-    import httpx
+async def test_more_than_a_thousand_waiting_requests_do_not_deadlock(served: Served) -> None:
+    """Ray's async actors take 1,000 calls at a time: with one blocked call per waiting request, no report would arrive
+    any more and no slot become free."""
+    peak = 0
 
-    limits = httpx.Limits(max_connections=None)
-    body = {"model": "tiny", "prompt": "zz", "max_tokens": 1}
-    async with httpx.AsyncClient(limits=limits, timeout=240, headers={"Authorization": "Bearer flood"}) as http:
-        flood = [asyncio.create_task(http.post(f"{served.url}/v1/completions", json=body)) for _ in range(1500)]
-        many = {"model": "tiny", "prompt": ["y"] * 128, "max_tokens": 1}
-        flood += [asyncio.create_task(http.post(f"{served.url}/v1/completions", json=many)) for _ in range(12)]
-        answers = await asyncio.gather(*flood)
-    assert {answer.status_code for answer in answers} <= {200, 429}
-    assert sum(answer.status_code == 200 for answer in answers) > 1000
+    async def watch() -> None:
+        nonlocal peak
+        while True:
+            peak = max(peak, (await asyncio.to_thread(served.status))["waiting"])
+            await asyncio.sleep(0.1)
+
+    watching = asyncio.create_task(watch())
+    async with served.client("flood") as client:
+        answers = await asyncio.gather(
+            *(client.completions.create(model="tiny", prompt=["y"] * 128, max_tokens=1) for _ in range(10))
+        )
+    watching.cancel()
+    await asyncio.gather(watching, return_exceptions=True)
+    assert peak > 1000, "or this test shows nothing"
+    assert [len(answer.choices) for answer in answers] == [128] * 10

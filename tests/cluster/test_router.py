@@ -1,0 +1,310 @@
+"""FairRouter and HandleBackend with a scripted client and handle: replicas that vanish, cancellation, errors. Ray's
+classes, but no Ray cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from fairserve.dispatch.messages import Grant, Submit
+from fairserve.engine.request import GenerateRequest, RequestOutput, Usage
+from fairserve.errors import ClientQueueFull, FairServeError, ReplicaFailed
+
+
+@dataclass
+class ScriptedClient:
+    """Grants in the order of the script; None: the counter actor cannot be reached."""
+
+    script: list[str | None]
+    asked: list[Submit] = field(default_factory=list)
+    declined: list[tuple[str, bool]] = field(default_factory=list)
+
+    async def acquire(self, submit: Submit) -> Grant | None:
+        self.asked.append(submit)
+        replica = self.script.pop(0)
+        return None if replica is None else Grant(submit.request_id, replica, 0.25, len(self.asked))
+
+    def decline(self, grant: Grant, *, is_unreachable: bool = True) -> None:
+        self.declined.append((grant.replica, is_unreachable))
+
+
+def replica(name: str) -> Any:
+    from ray.serve._private.common import DeploymentID
+    from ray.serve.request_router import ReplicaID
+
+    return SimpleNamespace(replica_id=ReplicaID(unique_id=name, deployment_id=DeploymentID(name="Model")))
+
+
+def router_of(client: ScriptedClient, *names: str) -> Any:
+    """A FairRouter without Serve's own machinery (metrics, long polls)."""
+    from fairserve.cluster.router import FairRouter
+
+    router = FairRouter.__new__(FairRouter)
+    router._client, router._random, router._by_name = client, random.Random(0), {}
+    router._lazily_constructed_replicas_updated_event = None
+    router._replica_queue_len_cache = SimpleNamespace(get=lambda _: None)
+    set_replicas(router, *names)
+    return router
+
+
+def set_replicas(router: Any, *names: str) -> None:
+    """Serve's news: FairRouter's own update, round what of Serve's it reads."""
+    from ray.serve.request_router import RequestRouter
+
+    def theirs(self: Any, replicas: list[Any]) -> None:
+        self._replicas = {one.replica_id: one for one in replicas}
+        self._replicas_list = replicas
+        self._replicas_updated_event.set()
+
+    with mock.patch.object(RequestRouter, "update_replicas", theirs):
+        router.update_replicas([replica(name) for name in names])
+
+
+def pending(request: Any = None) -> Any:
+    from ray.serve._private.common import RequestMetadata
+    from ray.serve.request_router import PendingRequest
+
+    request = request or GenerateRequest("r1", "ann", (1, 2, 3))
+    return PendingRequest(args=[request], kwargs={}, metadata=RequestMetadata(request_id="h", internal_request_id="i"))
+
+
+async def test_the_granted_replica_is_chosen_and_told_the_wait() -> None:
+    client = ScriptedClient(["b"])
+    request = pending()
+    chosen = await router_of(client, "a", "b")._choose_replica_for_request(request)
+    assert chosen.replica_id.unique_id == "b"
+    assert request.kwargs == {"waited_s": 0.25}
+    assert client.asked[0] == Submit("r1", "ann", 3, 16)
+
+
+async def test_without_the_counter_actor_a_living_replica_is_chosen() -> None:
+    client = ScriptedClient([None])
+    chosen = await router_of(client, "a")._choose_replica_for_request(pending())
+    assert chosen.replica_id.unique_id == "a"
+
+
+async def test_a_grant_for_a_replica_that_left_is_declined_at_once() -> None:
+    client = ScriptedClient(["gone", "a"])
+    router = router_of(client, "a", "gone")
+    set_replicas(router, "a")
+    async with asyncio.timeout(0.5):  # no waiting for what will not come back
+        chosen = await router._choose_replica_for_request(pending())
+    assert chosen.replica_id.unique_id == "a"
+    assert client.declined == [("gone", True)]
+    assert client.asked[1].is_retry and client.asked[1].waited_s >= 0
+
+
+async def test_a_grant_for_a_replica_that_is_just_starting_waits_for_it() -> None:
+    client = ScriptedClient(["new"])
+    router = router_of(client, "a")
+    choosing = asyncio.create_task(router._choose_replica_for_request(pending()))
+    await asyncio.sleep(0.01)
+    set_replicas(router, "a")  # news, but not the one
+    await asyncio.sleep(0.01)
+    set_replicas(router, "a", "new")
+    assert (await choosing).replica_id.unique_id == "new"
+    assert client.declined == []
+
+
+async def test_a_replica_that_never_comes_is_declined(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fairserve.cluster import router as module
+
+    monkeypatch.setattr(module, "REPLICA_WAIT_S", 0.02)
+    client = ScriptedClient(["never", "a"])
+    chosen = await router_of(client, "a")._choose_replica_for_request(pending())
+    assert chosen.replica_id.unique_id == "a"
+    assert client.declined == [("never", True)]
+
+
+async def test_a_caller_that_leaves_while_its_replica_is_starting_gives_the_grant_back() -> None:
+    client = ScriptedClient(["new"])
+    router = router_of(client, "a")
+    choosing = asyncio.create_task(router._choose_replica_for_request(pending()))
+    await asyncio.sleep(0.01)
+    choosing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await choosing
+    assert client.declined == [("new", False)]
+
+
+async def test_a_retry_gives_the_void_grant_back_once_and_keeps_the_place() -> None:
+    client = ScriptedClient(["a", None, "b"])
+    router = router_of(client, "a", "b")
+    request = pending()
+    request.created_at -= 5
+    await router._choose_replica_for_request(request)
+    await router._choose_replica_for_request(request, is_retry=True)
+    await router._choose_replica_for_request(request, is_retry=True)
+    assert client.declined == [("a", True)]
+    assert [submit.is_retry for submit in client.asked] == [False, True, True]
+    assert client.asked[1].waited_s == pytest.approx(5, abs=1)
+
+
+async def test_with_no_replica_at_all_requests_wait_for_one() -> None:
+    client = ScriptedClient(["a"])
+    router = router_of(client)
+    choosing = [asyncio.create_task(router._choose_replica_for_request(pending("limits?"))) for _ in range(2)]
+    choosing.append(asyncio.create_task(router._choose_replica_for_request(pending())))
+    await asyncio.sleep(0.01)
+    assert client.asked == [], "nothing to be granted yet"
+    set_replicas(router, "a")
+    assert {one.replica_id.unique_id for one in await asyncio.gather(*choosing)} == {"a"}
+
+
+# -- the API's side of the handle -----------------------------------------------------------------------------------
+
+
+class Response:
+    """A DeploymentResponseGenerator that yields, then raises or waits for ever."""
+
+    def __init__(self, *outputs: Any, ending: BaseException | None = None) -> None:
+        self._outputs = list(outputs)
+        self._ending = ending
+        self.num_cancels = 0
+        self.cancel_error: Exception | None = None
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self
+
+    async def __anext__(self) -> Any:
+        if self._outputs:
+            return self._outputs.pop(0)
+        if self._ending is None:
+            return await asyncio.Event().wait()
+        raise self._ending
+
+    def cancel(self) -> None:
+        self.num_cancels += 1
+        if self.cancel_error is not None:
+            raise self.cancel_error
+
+
+class Handle:
+    def __init__(self, response: Response) -> None:
+        self.response = response
+        self.sent: list[Any] = []
+
+    def options(self, **_: Any) -> Handle:
+        return self
+
+    def remote(self, *args: Any, **_: Any) -> Response:
+        self.sent.append(args)
+        return self.response
+
+
+def output(finish_reason: Any = None) -> RequestOutput:
+    return RequestOutput("r1", "x", (1,), Usage(3, 0, 1), finish_reason=finish_reason)
+
+
+def generating(response: Response) -> tuple[Handle, Any]:
+    from fairserve.cluster.backend import HandleBackend
+
+    handle = Handle(response)
+    return handle, HandleBackend(handle).generate(GenerateRequest("r1", "ann", (1, 2, 3)))
+
+
+async def test_a_whole_stream_is_passed_on_and_not_cancelled() -> None:
+    response = Response(output(), output("stop"), ending=StopAsyncIteration())
+    _, stream = generating(response)
+    assert [one.finish_reason async for one in stream] == [None, "stop"]
+    assert response.num_cancels == 0
+
+
+async def test_what_a_replica_gives_back_is_sent_again_in_its_old_place_and_nobody_sees_it() -> None:
+    from fairserve.cluster.backend import HandleBackend
+
+    over = StopAsyncIteration()
+    responses = [Response(output("returned"), ending=over), Response(output("stop"), ending=over)]
+    sent: list[dict[str, Any]] = []
+
+    class Again(Handle):
+        def remote(self, *args: Any, **values: Any) -> Response:
+            sent.append(values)
+            return responses[len(sent) - 1]
+
+    stream = HandleBackend(Again(responses[0])).generate(GenerateRequest("r1", "ann", (1, 2, 3)))
+    assert (await anext(stream)).finish_reason == "stop"
+    await stream.aclose()
+    assert [values["num_returns"] for values in sent] == [0, 1]
+    assert sent[0]["first_sent_s"] == sent[1]["first_sent_s"]
+
+
+async def test_closing_cancels_what_runs_and_sends_nothing_that_never_ran() -> None:
+    response = Response(output())
+    handle, stream = generating(response)
+    await anext(stream)
+    await stream.aclose()
+    assert response.num_cancels == 1
+    handle, stream = generating(Response())
+    await stream.aclose()
+    assert handle.sent == []
+
+
+async def test_a_cancelled_reader_cancels_the_request_also_when_serve_fails_it_in_the_same_moment() -> None:
+    response = Response()
+    response.cancel_error = ClientQueueFull("ann", 1, 1, 1.0)  # Serve raises the request's own error from cancel()
+    _, stream = generating(response)
+    reading = asyncio.ensure_future(anext(stream))
+    await asyncio.sleep(0)
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    assert response.num_cancels == 1
+
+
+def serve_cancelled() -> Exception:
+    from ray.serve.exceptions import RequestCancelledError
+
+    return RequestCancelledError("h")
+
+
+def died() -> Exception:
+    from ray.exceptions import ActorDiedError
+
+    return ActorDiedError()
+
+
+def user_bug() -> Exception:
+    from ray.exceptions import RayTaskError
+
+    return RayTaskError("generate", "Traceback: secret detail", ZeroDivisionError("x")).as_instanceof_cause()
+
+
+@pytest.mark.parametrize("make", [serve_cancelled, died, user_bug])
+async def test_what_serve_and_ray_raise_is_a_failed_replica_without_internals(make: Any) -> None:
+    response = Response(output(), ending=make())
+    _, stream = generating(response)
+    await anext(stream)
+    with pytest.raises(ReplicaFailed) as failed:
+        await anext(stream)
+    assert "secret" not in str(failed.value)
+    assert response.num_cancels == 0
+
+
+@pytest.mark.parametrize("error", [ReplicaFailed("the step failed"), ClientQueueFull("ann", 7, 7, 2.0)])
+async def test_our_own_error_comes_out_of_rays_wrapper(error: FairServeError) -> None:
+    from ray.exceptions import RayTaskError
+
+    wrapped = RayTaskError("generate", "Traceback: secret detail", error).as_instanceof_cause()
+    assert "secret" in str(wrapped), "or this test shows nothing"
+    _, stream = generating(Response(ending=wrapped))
+    with pytest.raises(type(error)) as raised:
+        await anext(stream)
+    assert raised.value is error
+
+
+async def test_a_refusal_of_the_router_is_passed_on() -> None:
+    error = ClientQueueFull("ann", 7, 7, 2.0)
+    response = Response(ending=error)
+    _, stream = generating(response)
+    with pytest.raises(ClientQueueFull) as raised:
+        await anext(stream)
+    assert raised.value is error
+    assert response.num_cancels == 0
