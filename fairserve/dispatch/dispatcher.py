@@ -158,6 +158,9 @@ class Dispatcher:
         self.queue.table.register(client, submit.weight)
         if not submit.is_retry:
             error = self._refuse(submit, now_s)
+            if isinstance(error, ClientQueueFull | ClusterQueueFull):
+                self.dispatch(now_s)  # earlier ones of the same call may only look as if they had to wait
+                error = self._refuse(submit, now_s)
             if error is not None:
                 self.num_refused += 1
                 return Refusal(submit.request_id, error)

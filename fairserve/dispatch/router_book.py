@@ -129,6 +129,8 @@ class RouterBook:
         if reply.epoch < self.epoch:
             return  # from an authority that is no more
         if reply.epoch > self.epoch:
+            # Even a poll that left before the first reply may reach a successor, who cannot know that it is one.
+            self._resubmit_due = self._resubmit_due or self.epoch != 0
             self.num_epochs += 1
             self._grants_ack = 0
             self.epoch = reply.epoch

@@ -222,6 +222,14 @@ def test_a_full_cluster_refuses_the_flood_and_still_takes_a_client_below_an_equa
     assert isinstance(router.refused["a4"], ClusterQueueFull)
 
 
+def test_requests_that_find_a_free_slot_do_not_count_as_waiting(make_desk: MakeDesk) -> None:
+    desk = make_desk(max_waiting_per_client=3)
+    desk.replica("r0", slots=8).report()
+    router = desk.router()
+    router.call(*(submit(f"a{i}") for i in range(8)))
+    assert router.refused == {}
+
+
 def test_a_cluster_that_is_full_twice_over_refuses_everybody(make_desk: MakeDesk) -> None:
     desk = make_desk(max_waiting=2)
     router = desk.router()

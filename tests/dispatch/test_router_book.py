@@ -209,3 +209,12 @@ def test_a_reply_from_an_authority_that_is_no_more_is_ignored() -> None:
     acknowledge(caller.book, epoch=2)
     caller.book.replied(RouterReply(1, (grant("a", 1),), resubmit=True), to_poll=True)
     assert (caller.grants, caller.book.epoch, caller.book.has_news) == ([], 2, False)
+
+
+def test_a_successor_that_a_first_poll_reached_is_told_everything_though_it_does_not_ask() -> None:
+    caller = Caller()
+    caller.want("a")
+    caller.book.compose(0.0)
+    acknowledge(caller.book, epoch=1)  # the first authority has it, and dies
+    caller.book.replied(RouterReply(2), to_poll=True)  # a poll of before the first reply: epoch 0, so nobody asks
+    assert submitted(caller.book) == ["a"]
