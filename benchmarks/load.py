@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 
 from benchmarks.workload import Planned
+from fairserve.api.streaming import QUEUE_HEADER
 
-QUEUE_HEADER = "x-fairserve-queue-ms"
 Status = Callable[[], Awaitable[dict[str, Any] | None]]
 """Asks the counter actor; None when it does not answer."""
 OnEvent = Callable[[str, "Record"], None]

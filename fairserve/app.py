@@ -10,7 +10,6 @@
 # No `from __future__ import annotations` here: Serve reads the builder's annotation to validate `args` into it.
 
 import asyncio
-import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -91,12 +90,7 @@ def build_app(args: FairServeArgs) -> serve.Application:
 
 def with_hashed_keys(args: FairServeArgs) -> FairServeArgs:
     """The same settings with every clear-text key replaced by its digest: Serve stores and shows arguments."""
-    keys = tuple(
-        key
-        if key.key is None
-        else key.model_copy(update={"key": None, "key_sha256": hashlib.sha256(key.key.encode()).hexdigest()})
-        for key in args.api.keys
-    )
+    keys = tuple(key.model_copy(update={"key": None, "key_sha256": key.digest}) for key in args.api.keys)
     return args.model_copy(update={"api": args.api.model_copy(update={"keys": keys})})
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import getpass
-import hashlib
 import json
 import os
 import secrets
@@ -18,7 +17,7 @@ from typing import Any, NoReturn
 
 from fairserve import __version__
 from fairserve.api.identity import ENV_KEYS, Identities
-from fairserve.config import EMBEDDED_MODEL, ApiKey, FairServeArgs
+from fairserve.config import EMBEDDED_MODEL, ApiKey, FairServeArgs, key_digest
 from fairserve.engine.embedded import EMBEDDED, cache_root, ensure_embedded, is_ready
 from fairserve.errors import ConfigError, FairServeError
 from fairserve.settings import documented_yaml, read_settings
@@ -64,13 +63,13 @@ def hash_key(_: argparse.Namespace) -> None:
     secret = getpass.getpass("secret: ") if sys.stdin.isatty() else sys.stdin.readline().rstrip("\r\n")
     if len(secret) < 8:
         raise ConfigError(f"the secret has {len(secret)} characters, it needs at least 8")
-    print(_sha256(secret))
+    print(key_digest(secret))
 
 
 def new_key(options: argparse.Namespace) -> None:
     secret = "fs-" + secrets.token_urlsafe(32)
     try:
-        entry = ApiKey(client=options.client, key_sha256=_sha256(secret), weight=options.weight)
+        entry = ApiKey(client=options.client, key_sha256=key_digest(secret), weight=options.weight)
     except ValueError:
         detail = f"client {options.client!r} (1-64 of A-Z a-z 0-9 . _ : @ -) with weight {options.weight} (above 0)"
         raise ConfigError(f"not a client and a weight: {detail}") from None
@@ -176,10 +175,6 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--port", type=int, default=8000, help="default 8000")
     run.add_argument("settings", nargs="*", metavar="key=value", help="such as model=PATH or fairness.policy=fcfs")
     return parser
-
-
-def _sha256(secret: str) -> str:
-    return hashlib.sha256(secret.encode()).hexdigest()
 
 
 def _say(message: str, code: int) -> int:

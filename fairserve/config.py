@@ -6,6 +6,7 @@ Every field carries its unit and default in its description. Unknown fields are 
 from __future__ import annotations
 
 import difflib
+import hashlib
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -154,6 +155,11 @@ class EngineConfig(Strict):
     """Run Python code that a model repository brings along. Only for repositories you trust."""
 
 
+def key_digest(secret: str) -> str:
+    """SHA-256 of an API key, as 64 hex digits: the only form in which a key is kept."""
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
 class ApiKey(Strict):
     """One client. Exactly one of ``key`` and ``key_sha256`` is given."""
 
@@ -173,6 +179,14 @@ class ApiKey(Strict):
         if (self.key is None) == (self.key_sha256 is None):
             raise ValueError(f"client {self.client!r}: give exactly one of 'key' and 'key_sha256'")
         return self
+
+    @property
+    def digest(self) -> str:
+        """``key_sha256``, or the same made from ``key``."""
+        if self.key_sha256 is not None:
+            return self.key_sha256
+        assert self.key is not None, "exactly one of the two is given"
+        return key_digest(self.key)
 
 
 class ApiConfig(Strict):

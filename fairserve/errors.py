@@ -42,6 +42,12 @@ class FairServeError(Exception):
         return (_rebuild, (type(self), self.fields))
 
 
+def unwrapped(error: Exception) -> Exception:
+    """The error as it was raised: across a Ray call it comes in a wrapper whose text is the remote traceback."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, FairServeError) else error
+
+
 def _rebuild(cls: type[FairServeError], fields: dict[str, Any]) -> FairServeError:
     error = cls.__new__(cls)
     FairServeError.__init__(error, **fields)  # not cls.__init__: its arguments need not be the fields

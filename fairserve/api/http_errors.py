@@ -34,6 +34,7 @@ from fairserve.errors import (
     Unauthenticated,
     UnknownModel,
     WrongContentType,
+    unwrapped,
 )
 
 logger = logging.getLogger(__name__)
@@ -69,9 +70,7 @@ class Problem:
 
 def describe(error: Exception, request_id: str) -> Problem:
     """What to tell the caller; logs what the caller is not told."""
-    cause = getattr(error, "cause", None)
-    if isinstance(cause, FairServeError):
-        error = cause  # Ray's wrapper of an error is of the same class, but its text is the remote traceback
+    error = unwrapped(error)
     match error:
         case RequestError():
             status = _REQUEST_ERRORS.get(type(error), 400)

@@ -67,7 +67,7 @@ class Identities:
             client = Client(key.client, key.weight, key.max_waiting)
             if self._clients.setdefault(key.client, client) != client:
                 raise ConfigError(f"client {key.client!r}: its keys disagree about weight or max_waiting")
-            digest = _digest_of(key)
+            digest = bytes.fromhex(key.digest)
             if digest in self._by_digest:
                 other = self._by_digest[digest][1].name
                 raise ConfigError(f"the same API key is given twice, for clients {other!r} and {key.client!r}")
@@ -136,13 +136,6 @@ def _name_for(token: bytes) -> str:
     text = token.decode("latin-1")
     is_secret = len(text) > MAX_SHOWN_TOKEN or text.startswith(SECRET_PREFIXES)
     return text if CLIENT_NAME.fullmatch(text) and not is_secret else f"key-{hashlib.sha256(token).hexdigest()[:8]}"
-
-
-def _digest_of(key: ApiKey) -> bytes:
-    if key.key_sha256 is not None:
-        return bytes.fromhex(key.key_sha256)
-    assert key.key is not None, "ApiKey holds exactly one of the two"
-    return hashlib.sha256(key.key.encode()).digest()
 
 
 def _keys_in_env(text: str) -> tuple[ApiKey, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from fairserve.engine.events import Limits
 from fairserve.engine.request import GenerateRequest, RequestOutput
-from fairserve.errors import FairServeError, ReplicaFailed
+from fairserve.errors import FairServeError, ReplicaFailed, unwrapped
 
 
 class HandleBackend:
@@ -45,7 +45,7 @@ class HandleBackend:
                 yield output
         except FairServeError as error:
             finished = True
-            raise _own(error) from None
+            raise unwrapped(error) from None
         except (RayError, RayServeException) as error:
             finished = True
             raise ReplicaFailed(type(error).__name__) from error
@@ -62,9 +62,3 @@ class HandleBackend:
         """Ready when a replica answers."""
         await self.limits()
         return {"ready": True}
-
-
-def _own(error: FairServeError) -> FairServeError:
-    """The error as it was raised: what a replica raised comes in Ray's wrapper, whose text is the remote traceback."""
-    cause = getattr(error, "cause", None)
-    return cause if isinstance(cause, FairServeError) else error

@@ -113,9 +113,7 @@ class CounterService:
             polls.discard(event)
             if not polls:
                 self._polls.pop(call.router, None)
-        if (
-            self._dispatcher is not asked
-        ):  # configured anew: even after its very first call a router has to submit again
+        if self._dispatcher is not asked:  # configured anew: even after its first call a router submits again
             call = replace(call, epoch=asked.epoch)
         return self._dispatcher.poll(call, self._now_s())
 

@@ -178,14 +178,14 @@ class Dispatcher:
         if wait_s is not None:
             return RateLimited(client, getattr(self.queue.policy, "limit", 0), max(wait_s, 1.0))
         limit = limits.max_waiting_per_client if submit.max_waiting is None else submit.max_waiting
-        num = self.queue.backlog.num_waiting(client)
+        waiting = self.queue.backlog
+        num = waiting.num_waiting(client)
         if num >= limit:
             drain = self._client_drain.get(client)
             return ClientQueueFull(client, num, limit, retry_after_s(1, drain.per_s(now_s) if drain else 0.0))
-        waiting = self.queue.backlog
         share = limits.max_waiting / (waiting.num_clients + (num == 0))
         if len(waiting) >= limits.max_waiting and (num >= share or len(waiting) >= 2 * limits.max_waiting):
-            return ClusterQueueFull(len(self.queue), limits.max_waiting, retry_after_s(1, self._drain.per_s(now_s)))
+            return ClusterQueueFull(len(waiting), limits.max_waiting, retry_after_s(1, self._drain.per_s(now_s)))
         return None
 
     # -- events from replicas ---------------------------------------------------------------------------------------

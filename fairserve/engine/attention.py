@@ -67,6 +67,26 @@ class StepLayout:
     """int64 [T]: the KV slot of each row."""
 
 
+class LayerCaches:
+    """Keys and values of every layer, and the step that they are read for: what all attentions have in common."""
+
+    slot_dim: ClassVar[int]
+    """The dimension of a cache tensor that counts KV slots."""
+
+    def __init__(self, num_slots: int, block_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._num_slots = num_slots
+        self._block_size = block_size
+        self._dtype = dtype
+        self._device = device
+        self._keys: dict[int, Tensor] = {}
+        self._values: dict[int, Tensor] = {}
+        self._layout: StepLayout | None = None
+
+    def scrub(self, slots: Tensor) -> None:
+        for tensor in (*self._keys.values(), *self._values.values()):
+            tensor.index_fill_(self.slot_dim, slots, 0)
+
+
 class KVAttention(Protocol):
     """A KV cache together with the attention that reads it."""
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fairserve.engine.attention import Span, StepLayout, slots_of
+from fairserve.engine.attention import LayerCaches, Span, StepLayout, slots_of
 
 SPLIT_TOKENS = 256
 """Padding, in tokens, that costs about as much as one more SDPA call (some 15 us; 2 threads, 3 KV heads of 64)."""
@@ -64,26 +64,17 @@ def group_decodes(starts: Sequence[int], lengths: Sequence[int], num_slots: int)
     return groups
 
 
-class SdpaAttention:
+class SdpaAttention(LayerCaches):
     block_size_multiple: ClassVar[int] = 1
+    slot_dim: ClassVar[int] = 1
 
     def __init__(self, num_slots: int, block_size: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._num_slots = num_slots
-        self._block_size = block_size
-        self._dtype = dtype
-        self._device = device
-        self._keys: dict[int, Tensor] = {}
-        self._values: dict[int, Tensor] = {}
-        self._layout: StepLayout | None = None
+        super().__init__(num_slots, block_size, dtype, device)
         self._readings: dict[int | None, list[_Reading]] = {}
 
     def allocate(self, layer: int, kv_heads: int, key_dim: int, value_dim: int) -> None:
         for cache, dim in ((self._keys, key_dim), (self._values, value_dim)):
             cache[layer] = zeros_on_touch((kv_heads, self._num_slots, dim), self._dtype, self._device)
-
-    def scrub(self, slots: Tensor) -> None:
-        for tensor in (*self._keys.values(), *self._values.values()):
-            tensor.index_fill_(1, slots, 0)
 
     def begin(self, layout: StepLayout) -> None:
         self._layout = layout

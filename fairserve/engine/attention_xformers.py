@@ -22,20 +22,15 @@ import torch
 from torch import Tensor
 from xformers.ops import fmha
 
-from fairserve.engine.attention import Span, StepLayout, slots_of
+from fairserve.engine.attention import LayerCaches, Span, StepLayout, slots_of
 
 
-class XformersAttention:
+class XformersAttention(LayerCaches):
     block_size_multiple: ClassVar[int] = 64
+    slot_dim: ClassVar[int] = 0
 
     def __init__(self, num_slots: int, block_size: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._num_slots = num_slots
-        self._block_size = block_size
-        self._dtype = dtype
-        self._device = device
-        self._keys: dict[int, Tensor] = {}
-        self._values: dict[int, Tensor] = {}
-        self._layout: StepLayout | None = None
+        super().__init__(num_slots, block_size, dtype, device)
         self._num_decodes = 0
         self._longest = 0
         self._decode_bias: fmha.attn_bias.PagedBlockDiagonalPaddedKeysMask | None = None
@@ -45,10 +40,6 @@ class XformersAttention:
     def allocate(self, layer: int, kv_heads: int, key_dim: int, value_dim: int) -> None:
         for cache, dim in ((self._keys, key_dim), (self._values, value_dim)):
             cache[layer] = torch.zeros(self._num_slots, kv_heads, dim, dtype=self._dtype, device=self._device)
-
-    def scrub(self, slots: Tensor) -> None:
-        for tensor in (*self._keys.values(), *self._values.values()):
-            tensor.index_fill_(0, slots, 0)
 
     def begin(self, layout: StepLayout) -> None:
         self._layout = layout
