@@ -56,6 +56,16 @@ class Submit:
     """Seconds the request has waited already (after an actor restart or a failed replica)."""
     is_retry: bool = False
     """Accepted before: goes back to its place by ``waited_s`` and is not refused by queue limits."""
+    application: str = ""
+    """Which of the client's applications sends it; "" for none. The API lets only registered names through."""
+    interaction: str = ""
+    """Id of the user task that this call belongs to, within the client; "" for a call that stands alone."""
+    call_index: int = 0
+    """Position of the call in its interaction, from 0, as the caller says."""
+    prefix: tuple[int, ...] = ()
+    """Hashes of the prompt's leading blocks of tokens, each covering all before it; for policies that look at them."""
+    predicted_output: int | None = None
+    """Output tokens foretold by somebody who is believed (an oracle in simulations); None: the policy predicts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +155,9 @@ class StepReport:
     num_waiting: int = 0
     weights: Mapping[str, float] = field(default_factory=dict)
     """Weight of each client in ``totals``, for an actor that has never seen the client."""
+    outputs: Mapping[str, int] = field(default_factory=dict)
+    """request id -> output tokens made in all, for requests that finished since the last acknowledged report and,
+    where the policy predicts lengths, for those that made any."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,12 @@ class GenerateRequest:
     """The client's share: service is compared as service / weight."""
     max_waiting: int | None = None
     """The client's own limit of waiting requests, None for the cluster's default."""
+    application: str = ""
+    """Which of the client's applications sends it; "" for none."""
+    interaction: str = ""
+    """Id of the user task that this call belongs to; "" for a call that stands alone."""
+    call_index: int = 0
+    """Position of the call in its interaction, from 0, as the caller says."""
 
     @property
     def num_input(self) -> int:
