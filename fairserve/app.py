@@ -19,6 +19,7 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
+from fairserve.assembly import policy_of
 from fairserve.cluster.backend import HandleBackend
 from fairserve.cluster.counter_actor import without_keys
 from fairserve.cluster.replica import ModelReplica
@@ -64,7 +65,11 @@ def build_model(args: FairServeArgs) -> serve.Application:
         ray_actor_options={"num_cpus": args.num_cpus_per_replica, "num_gpus": args.num_gpus_per_replica},
         logging_config=QUIET,
         request_router_config=RequestRouterConfig(
-            request_router_class=FairRouter, request_router_kwargs={"counter": args.counter.model_dump()}
+            request_router_class=FairRouter,
+            request_router_kwargs={
+                "counter": args.counter.model_dump(),
+                "prefix_block_tokens": args.dispatch.prefix_block_tokens if policy_of(args.fairness).window > 1 else 0,
+            },
         ),
     ).bind(without_keys(args).model_dump_json())
 

@@ -15,6 +15,8 @@ EMBEDDED_MODEL = "smollm2-135m-instruct"
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+CLIENT_SEGMENT = "[A-Za-z0-9._:@-]{1,64}"
+GroupName = Annotated[str, Field(pattern=f"^{CLIENT_SEGMENT}(/{CLIENT_SEGMENT})?$")]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -55,15 +57,61 @@ class CostConfig(Strict):
     """Service of an input token found in the prefix cache, as a fraction of a computed one."""
 
 
+class ThrottleConfig(Strict):
+    """Throttling of interactions under overload (OIT): while the cluster is overloaded, whoever is past its rate may go
+    on with what it has begun, and begins nothing new. Both limits null: nobody is throttled."""
+
+    client_limit: PositiveInt | None = None
+    """Requests of one client, per unit of weight, in any 60 s, past which its new interactions are refused under
+    overload. null: no limit."""
+    application_limit: PositiveInt | None = None
+    """The same for each registered application of each client."""
+    enter_wait_s: PositiveFloat = 2.0
+    """Overload begins when requests wait longer than this in the cluster's queue (mean of late, or the one that goes
+    next) and the replicas are full."""
+    leave_wait_s: PositiveFloat = 0.5
+    """Overload ends when they wait less than this, or the replicas are less than half as full."""
+    kv_pressure: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Part of the cluster's KV cache, or of its slots, that must be taken for overload to begin."""
+    hold_s: NonNegativeFloat = 1.0
+    """Seconds for which either must hold before overload begins or ends."""
+
+    @model_validator(mode="after")
+    def _leaves_below_entry(self) -> ThrottleConfig:
+        if self.leave_wait_s >= self.enter_wait_s:
+            raise ValueError(f"leave_wait_s ({self.leave_wait_s}) must be below enter_wait_s ({self.enter_wait_s})")
+        return self
+
+
 class FairnessConfig(Strict):
     """Who goes next."""
 
-    policy: Literal["vtc", "fcfs", "lcf", "rpm"] = "vtc"
-    """vtc: least service first, newcomers lifted. lcf: the same without the lift. fcfs: order of arrival.
-    rpm: order of arrival, at most rpm_limit requests a minute per client."""
+    policy: Literal["vtc", "wsc", "drr", "dlpm", "d2lpm", "lcf", "fcfs", "rpm", "round_robin"] = "vtc"
+    """vtc: least service first, newcomers lifted. wsc: the same in units of each application's typical request
+    (FairServe). drr: a quantum of service to each client in turn. dlpm: within such a round the longest cached prefix
+    first. d2lpm: dlpm, and a client stays with the replica that knows its prefixes for a quantum. lcf: vtc without the
+    lift. fcfs: order of arrival. rpm: order of arrival, at most rpm_limit requests a minute per client. round_robin:
+    one request of each client in turn."""
+    prediction: Literal["none", "moving_mean", "foretold"] = "none"
+    """What a request is charged for its output when it is picked, settled as it is generated. none: nothing.
+    moving_mean: what its client's (and application's) answers have come to of late. foretold: what the request says;
+    for simulations."""
     rpm_limit: PositiveInt = 60
     """Policy rpm only: accepted requests per client in any 60 s."""
+    quantum: PositiveFloat = 500.0
+    """Policies drr, dlpm, d2lpm: service / weight of one round. wsc: how far behind the least served a client with an
+    interaction under way may stand and still go first."""
+    replica_quantum: PositiveFloat = 2000.0
+    """Policy d2lpm: service that a client receives on one replica before it goes elsewhere."""
+    locality_window: PositiveInt = 32
+    """Policies dlpm, d2lpm: clients whose first requests are compared by cached prefix."""
+    group_weights: dict[GroupName, PositiveFloat] = {}
+    """Weight of an organisation among organisations ("acme") or of a team within its organisation ("acme/research"),
+    for clients whose names are paths. 1 where nothing is said."""
+    expected_service: dict[str, PositiveFloat] = {}
+    """Policy wsc: service of a typical request by application, where it is known; the others are learned."""
     cost: CostConfig = CostConfig()
+    throttle: ThrottleConfig = ThrottleConfig()
 
 
 class DispatchConfig(Strict):
@@ -89,6 +137,11 @@ class DispatchConfig(Strict):
     """Seconds without a report after which the grants of a replica are taken back."""
     router_dead_s: PositiveFloat = 20.0
     """Seconds without a call after which the waiting requests of a router are dropped."""
+    preempt_gap: PositiveFloat | None = None
+    """Service / weight by which a running client must be ahead of the least served waiting one for its youngest request
+    to give way: it is put back, recomputed later and never charged twice. null: whoever runs, runs to its end."""
+    prefix_block_tokens: PositiveInt = 64
+    """Policies dlpm, d2lpm: tokens of a prompt that are compared as one block."""
 
 
 class CounterConfig(Strict):
@@ -109,6 +162,9 @@ class CounterConfig(Strict):
     from the living replicas, and all counters begin level."""
     snapshot_s: Annotated[float, Field(gt=0, le=60)] = 1.0
     """Seconds between snapshots."""
+    decision_log_path: str | None = None
+    """File for every decision, one JSON line each, on the node of the actor; `fairserve simulate --replay` reads it.
+    It names clients and lengths, no text. At 100 MB it begins anew and the last one is kept as FILE.1. null: none."""
     idle_ttl_s: PositiveFloat = 600.0
     """Seconds without any replica and router after which the actor ends itself (`serve delete` does not end it)."""
     pin_to_head: bool = True
@@ -160,11 +216,17 @@ def key_digest(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
+CLIENT_PATH = f"{CLIENT_SEGMENT}(/{CLIENT_SEGMENT}){{0,2}}"
+CLIENT_RULE = "up to three segments joined by /, each 1-64 of A-Z a-z 0-9 . _ : @ -"
+
+
 class ApiKey(Strict):
     """One client. Exactly one of ``key`` and ``key_sha256`` is given."""
 
-    client: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:@-]{1,64}$")]
-    """The client this key names; several keys may name one client. 1-64 of A-Z a-z 0-9 . _ : @ -"""
+    client: Annotated[str, Field(pattern=f"^{CLIENT_PATH}$")]
+    """The client this key names, flat or a path: user, organisation/user or organisation/team/user, each segment 1-64
+    of A-Z a-z 0-9 . _ : @ -. Several keys may name one client. No client may stand above another: with acme/ann there
+    is no client acme."""
     key: Annotated[str | None, Field(min_length=8, max_length=512, repr=False)] = None
     """The secret in clear, for development: hashed as soon as it is read. Prefer key_sha256."""
     key_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
@@ -173,6 +235,16 @@ class ApiKey(Strict):
     """The client's share relative to others. Keys of one client must agree."""
     max_waiting: PositiveInt | None = None
     """Requests of this client that may wait. null: max_waiting_per_client."""
+    applications: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,64}$")], ...] = ()
+    """Application labels that callers with this key may send (X-Fairserve-Application), each 1-64 of
+    A-Z a-z 0-9 . _ : -. A label changes how service is compared under policy wsc, so callers do not choose it freely:
+    any other is refused. A single one also holds for callers who send none; with none here, labels are ignored."""
+
+    @model_validator(mode="after")
+    def _applications_differ(self) -> ApiKey:
+        if len(set(self.applications)) < len(self.applications):
+            raise ValueError(f"client {self.client!r}: 'applications' names one application twice")
+        return self
 
     @model_validator(mode="after")
     def _one_secret(self) -> ApiKey:
@@ -201,7 +273,8 @@ class ApiConfig(Strict):
     """Header in which a gateway in front names the client, such as X-Client-Id. It is believed only from callers
     with a valid key of a client listed in trusted_gateways. null: never."""
     trusted_gateways: tuple[str, ...] = ()
-    """Clients (by name) that may name another client in trusted_client_header."""
+    """Clients (by name) that may name another client in trusted_client_header, and any application:
+    what its own callers send in these headers a gateway must take out."""
     max_body_bytes: PositiveInt = 2_000_000
     """Bytes one request body may hold; more is refused with 413."""
     max_choices: PositiveInt = 128

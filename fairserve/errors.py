@@ -16,6 +16,7 @@
     |   +-- ClientQueueFull         this client has too many waiting requests
     |   +-- ClusterQueueFull        the whole cluster has too many waiting requests
     |   +-- RateLimited             policy ``rpm``: too many requests in the window
+    |   +-- InteractionThrottled    overload: who sent too many requests in the last 60 s begins no new interaction
     +-- RequestTimeout              not finished within request_timeout_s (HTTP 504)
     +-- ReplicaFailed               the replica died or its engine failed (HTTP 503)
 
@@ -165,6 +166,25 @@ class RateLimited(Refused):
 
     def __init__(self, client: str, limit: int, retry_after_s: float) -> None:
         super().__init__(client=client, limit=limit, retry_after_s=retry_after_s)
+
+
+class InteractionThrottled(Refused):
+    """Only ever for the first call of an interaction. ``application`` is "" where the limit is the client's own."""
+
+    reason = "interaction_throttled"
+    message = (
+        "the cluster is overloaded and starts no new interaction for client {client!r}, which sent {num_recent} "
+        "requests in the last 60 s, its limit is {limit}; retry in {retry_after_s:.0f} s"
+    )
+    application_message = message.replace("client {client!r}", "application {application!r} of client {client!r}")
+
+    def __init__(self, client: str, application: str, num_recent: int, limit: int, retry_after_s: float) -> None:
+        super().__init__(
+            client=client, application=application, num_recent=num_recent, limit=limit, retry_after_s=retry_after_s
+        )
+
+    def __str__(self) -> str:
+        return (self.application_message if self.fields["application"] else self.message).format(**self.fields)
 
 
 class ReplicaFailed(FairServeError):

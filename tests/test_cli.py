@@ -121,7 +121,16 @@ def test_a_new_key_prints_an_entry_for_the_file_and_the_secret_elsewhere(capsys:
     assert entry["key_sha256"] == hashlib.sha256(secret.encode()).hexdigest()
 
 
-@pytest.mark.parametrize("words", [["two words"], ["bob", "--weight", "-1"], ["bob", "--weight", "nan"]])
+def test_a_new_key_may_be_for_a_client_in_a_team(capsys: Capture) -> None:
+    assert cli.main(["keys", "new", "acme/research/ann"]) == 0
+    (entry,) = yaml.safe_load(capsys.readouterr().out)
+    assert ApiKey.model_validate(entry).client == "acme/research/ann"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["two words"], ["a/b/c/d"], ["acme//ann"], ["acme/"], ["bob", "--weight", "-1"], ["bob", "--weight", "nan"]],
+)
 def test_a_wrong_client_or_weight_makes_no_key(words: list[str], capsys: Capture) -> None:
     assert cli.main(["keys", "new", *words]) == 2
     assert capsys.readouterr().out == ""

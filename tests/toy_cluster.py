@@ -15,8 +15,8 @@ from fairserve.dispatch.messages import Grant, ReportReply, RouterReply, Submit
 from fairserve.dispatch.replica_book import LocalBook, Reporter
 from fairserve.dispatch.router_book import RouterBook
 from fairserve.errors import Refused
+from fairserve.fairness.catalog import make_policy
 from fairserve.fairness.cost import CostFunction, WeightedTokens
-from fairserve.fairness.policy import make_policy
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class ToyRequest:
     num_output: int
     max_output: int
     weight: float = 1.0
+    application: str = ""
 
 
 class Perfect:

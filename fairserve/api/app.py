@@ -11,6 +11,7 @@ from starlette.types import Receive, Scope, Send
 from fairserve.api import streaming
 from fairserve.api.bodies import read_json
 from fairserve.api.http_errors import install, request_id_of
+from fairserve.api.labels import labels_of
 from fairserve.api.openai_schema import ChatRequest, CompletionRequest, parse
 from fairserve.api.service import OpenAIService
 
@@ -57,9 +58,10 @@ async def _generate(
 ) -> Response:
     client = service.identify(request.headers)  # before the body: strangers get no parsing
     body = parse(kind, await read_json(request, service.max_body_bytes))
+    labels = labels_of(request.headers, body.metadata or {}, client)
 
     async def respond(scope: Scope, receive: Receive, send: Send) -> None:
-        job = await service.job(body, client)
+        job = await service.job(body, client, labels)
         answer, batches, deadline = service.answer(body, job), service.generate(job), service.deadline()
         if not body.stream:
             response = await streaming.whole(answer, batches, deadline)

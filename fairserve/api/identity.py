@@ -1,5 +1,8 @@
 """Who is calling: from an API key to a :class:`Client`.
 
+A client is flat (``ann``) or a path (``acme/research/ann``), and only leaves are clients: where ``acme/ann`` is one,
+``acme`` is not, else ``acme`` would have a share beside the one of its own organisation.
+
 Keys are kept as SHA-256 digests only, and looked up by digest. That is constant-time enough: the time of the lookup
 depends on the digest of what the caller sent, and nobody can choose a secret whose digest shares a prefix with an
 unknown key's digest, so timing teaches nothing that helps to guess the key. The digest found is compared once more
@@ -14,14 +17,14 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from fairserve.config import ApiConfig, ApiKey
+from fairserve.config import CLIENT_PATH, CLIENT_RULE, CLIENT_SEGMENT, ApiConfig, ApiKey
 from fairserve.errors import ConfigError, InvalidRequest, Unauthenticated
 
 logger = logging.getLogger(__name__)
@@ -34,7 +37,8 @@ OPEN_WARNING = (
 )
 MAX_SHOWN_TOKEN = 32
 SECRET_PREFIXES = ("fs-", "sk-")
-CLIENT_NAME = re.compile(r"[A-Za-z0-9._:@-]{1,64}")
+CLIENT_NAME = re.compile(CLIENT_PATH)
+FLAT_NAME = re.compile(CLIENT_SEGMENT)
 _KEY_LIST = TypeAdapter(tuple[ApiKey, ...])
 
 
@@ -45,6 +49,10 @@ class Client:
     name: str
     weight: float = 1.0
     max_waiting: int | None = None
+    applications: tuple[str, ...] = ()
+    """What its key registers; :mod:`fairserve.api.labels` says what that allows."""
+    is_gateway: bool = False
+    """A trusted gateway sends the request, for this client or for itself: its application label is believed."""
 
 
 class Headers(Protocol):
@@ -57,22 +65,32 @@ class Identities:
     """Names the caller of every request.
 
     Raises:
-        ConfigError: a key occurs twice, keys of one client disagree, or a trusted gateway has no key.
+        ConfigError: a key occurs twice, keys of one client disagree, a client stands above another one, or a trusted
+            gateway has no key.
     """
 
     def __init__(self, keys: Iterable[ApiKey] = (), *, header: str | None = None, gateways: Sequence[str] = ()) -> None:
         self._clients: dict[str, Client] = {}
         self._by_digest: dict[bytes, tuple[bytes, Client]] = {}
         for key in keys:
-            client = Client(key.client, key.weight, key.max_waiting)
-            if self._clients.setdefault(key.client, client) != client:
+            client = Client(key.client, key.weight, key.max_waiting, key.applications)
+            known = self._clients.setdefault(key.client, client)
+            if (known.weight, known.max_waiting) != (client.weight, client.max_waiting):
                 raise ConfigError(f"client {key.client!r}: its keys disagree about weight or max_waiting")
+            # Each key has its own applications; a gateway speaks for the client, and so for all of its keys.
+            together = dict.fromkeys(known.applications + client.applications)
+            self._clients[key.client] = replace(known, applications=tuple(together))
             digest = bytes.fromhex(key.digest)
             if digest in self._by_digest:
                 other = self._by_digest[digest][1].name
                 raise ConfigError(f"the same API key is given twice, for clients {other!r} and {key.client!r}")
             self._by_digest[digest] = (digest, client)
         self.is_open = not self._by_digest
+        self._below = {group: name for name in sorted(self._clients) for group in _groups(name)}
+        """Every path above a client -> one client below it."""
+        for name in sorted(self._clients):
+            if name in self._below:
+                raise ConfigError(f"{self._clash(name)}: give {name!r} a path of its own, such as '{name}/all'")
         self._header = header
         self._gateways = frozenset(gateways)
         unknown = sorted(self._gateways - self._clients.keys())
@@ -108,7 +126,9 @@ class Identities:
         stored, client = self._by_digest.get(digest, (b"", None))
         if client is None or not hmac.compare_digest(stored, digest):
             raise Unauthenticated("this API key is not known here")
-        return self._named_by_gateway(client, headers) if client.name in self._gateways else client
+        if client.name not in self._gateways:
+            return client
+        return replace(self._named_by_gateway(client, headers), is_gateway=True)
 
     def _named_by_gateway(self, gateway: Client, headers: Headers) -> Client:
         names = headers.getlist(self._header) if self._header else []
@@ -116,8 +136,24 @@ class Identities:
             return gateway
         # Two headers would mean that the gateway adds its own to one that its caller sent: believe neither.
         if len(names) > 1 or not CLIENT_NAME.fullmatch(names[0]):
-            raise InvalidRequest(f"header {self._header} must name one client: 1-64 of A-Z a-z 0-9 . _ : @ -")
+            raise InvalidRequest(f"header {self._header} must name one client: {CLIENT_RULE}")
+        if clash := self._clash(names[0]):
+            raise InvalidRequest(f"header {self._header}: {clash}")
         return self._clients.get(names[0], Client(names[0]))
+
+    def _clash(self, name: str) -> str | None:
+        """Why ``name`` and a client with a key cannot both be clients, None if they can."""
+        if name in self._below:
+            above, below = name, self._below[name]
+        else:
+            above, below = next((group for group in _groups(name) if group in self._clients), ""), name
+        return f"client {above!r} stands above client {below!r}, and only one of the two can be" if above else None
+
+
+def _groups(name: str) -> list[str]:
+    """The paths above a client: ``acme/research/ann`` is below ``acme`` and ``acme/research``."""
+    segments = name.split("/")
+    return ["/".join(segments[:i]) for i in range(1, len(segments))]
 
 
 def _bearer(headers: Headers) -> bytes | None:
@@ -131,11 +167,11 @@ def _bearer(headers: Headers) -> bytes | None:
 
 
 def _name_for(token: bytes) -> str:
-    """Open mode: a client name that holds no strange characters. What looks like a real secret (long, or with a key's
-    prefix) is never shown as a name: names stand in answers, logs and snapshots."""
+    """Open mode: a client name that is flat and holds no strange characters. What looks like a real secret (long, or
+    with a key's prefix) is never shown as a name: names stand in answers, logs and snapshots."""
     text = token.decode("latin-1")
     is_secret = len(text) > MAX_SHOWN_TOKEN or text.startswith(SECRET_PREFIXES)
-    return text if CLIENT_NAME.fullmatch(text) and not is_secret else f"key-{hashlib.sha256(token).hexdigest()[:8]}"
+    return text if FLAT_NAME.fullmatch(text) and not is_secret else f"key-{hashlib.sha256(token).hexdigest()[:8]}"
 
 
 def _keys_in_env(text: str) -> tuple[ApiKey, ...]:

@@ -3,7 +3,7 @@
 Three rules. A field that nobody knows is refused, with the nearest known name. A field that OpenAI knows and
 fairserve does not support is accepted at its neutral value and refused otherwise: nothing is silently ignored. A
 ``null`` means "left out", as OpenAI's own clients use it. ``user``, ``metadata`` and ``safety_identifier`` are labels:
-accepted, and neither stored nor used.
+accepted, and neither stored nor used, except for three keys of ``metadata`` (:mod:`fairserve.api.labels`).
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ from fairserve.errors import InvalidRequest
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 512
 """Characters in one stop string; the engine holds back up to that much text."""
+MAX_PAIRS = 16
+"""Pairs in ``metadata``; this limit and the two of their sizes are OpenAI's."""
+MAX_KEY_CHARS = 64
+MAX_VALUE_CHARS = 512
 MAX_NAME_CHARS = 64
 """Characters of an unknown field's name that an error repeats (and that are compared with the known names)."""
 MIN_TEMPERATURE = 0.01
@@ -145,6 +149,23 @@ class Sampled(Body):
     stream_options: StreamOptions | None = None
     user: str | None = None
     metadata: dict[str, str] | None = None
+    """Up to 16 pairs of strings: keys of up to 64 characters, values of up to 512."""
+
+    @field_validator("metadata", mode="before")
+    @classmethod
+    def _pairs(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            raise _refuse("wrong_metadata", "must be an object whose values are strings")
+        if len(value) > MAX_PAIRS:
+            raise _refuse("wrong_metadata", f"holds {len(value)} pairs, at most {MAX_PAIRS} are allowed")
+        for key, text in value.items():
+            if len(key) > MAX_KEY_CHARS:
+                raise _refuse("wrong_metadata", f"has a key of {len(key)} characters, at most {MAX_KEY_CHARS}")
+            if not isinstance(text, str):
+                raise _refuse("wrong_metadata", "must be a string", key)
+            if len(text) > MAX_VALUE_CHARS:
+                raise _refuse("wrong_metadata", f"has {len(text)} characters, at most {MAX_VALUE_CHARS}", key)
+        return value
 
     @field_validator("stop", mode="before")
     @classmethod

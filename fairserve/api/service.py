@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from fairserve.api.answers import Answer, ChatAnswer, CompletionAnswer, Job
 from fairserve.api.identity import OPEN_WARNING, Client, Headers, Identities
+from fairserve.api.labels import NO_LABELS, Labels
 from fairserve.api.merging import Batch, merged
 from fairserve.api.openai_schema import ChatRequest, CompletionRequest
 from fairserve.api.prompts import Prompts, TextTokenizer
@@ -122,8 +123,10 @@ class OpenAIService:
             return body | {"mode": "open", "warning": OPEN_WARNING}
         return body | {"mode": "keyed"}
 
-    async def job(self, body: Generation, client: Client) -> Job:
+    async def job(self, body: Generation, client: Client, labels: Labels = NO_LABELS) -> Job:
         """Check and tokenize a request: everything that can be the caller's mistake shows here.
+
+        All its sequences carry the same ``labels``: one HTTP request is one call of its interaction.
 
         Raises:
             UnknownModel, InvalidRequest, PromptTooLong: see :mod:`fairserve.errors`.
@@ -140,7 +143,7 @@ class OpenAIService:
             response_id=response_id,
             created_s=int(self._unix_time_s()),
             model=self.model_name,
-            requests=tuple(self._requests(response_id, body, client, prompts)),
+            requests=tuple(self._requests(response_id, body, client, labels, prompts)),
             n=body.n,
             stream=body.stream,
             include_usage=body.include_usage,
@@ -177,7 +180,12 @@ class OpenAIService:
             raise InvalidRequest(detail, param="n")
 
     def _requests(
-        self, response_id: str, body: Generation, client: Client, prompts: Sequence[tuple[int, ...]]
+        self,
+        response_id: str,
+        body: Generation,
+        client: Client,
+        labels: Labels,
+        prompts: Sequence[tuple[int, ...]],
     ) -> list[GenerateRequest]:
         requests: list[GenerateRequest] = []
         for prompt in prompts:
@@ -190,6 +198,9 @@ class OpenAIService:
                     sampling=body.sampling(max_tokens, choice),
                     weight=client.weight,
                     max_waiting=client.max_waiting,
+                    application=labels.application,
+                    interaction=labels.interaction,
+                    call_index=labels.call_index,
                 )
                 requests.append(request)
         return requests

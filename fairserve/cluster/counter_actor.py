@@ -13,14 +13,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, Protocol
 
+from fairserve.assembly import make_dispatcher
 from fairserve.clock import Clock, SystemClock
 from fairserve.cluster.counter_client import for_ever
-from fairserve.config import ApiConfig, CostConfig, CounterConfig, DispatchConfig, FairnessConfig, FairServeArgs
-from fairserve.dispatch.dispatcher import Dispatcher, DispatchLimits
+from fairserve.cluster.line_file import LineFile
+from fairserve.config import ApiConfig, CounterConfig, FairServeArgs
+from fairserve.dispatch.decision_log import DecisionLog
+from fairserve.dispatch.dispatcher import Dispatcher
 from fairserve.dispatch.messages import ReportReply, RouterCall, RouterReply, StepReport
+from fairserve.dispatch.status import status
 from fairserve.dispatch.store import SqliteStore
-from fairserve.fairness.cost import CostFunction, KvTokenTime, ProfiledQuadratic, WeightedTokens
-from fairserve.fairness.policy import Policy, make_policy
 
 logger = logging.getLogger(__name__)
 
@@ -29,24 +31,6 @@ MAX_CONCURRENCY = 10_000
 """Calls the actor may hold at once: two per router and one per replica. Ray's default of 1,000 deadlocks when it is
 reached, because a report then waits behind the polls that wait for it."""
 HEAD_NODE_RESOURCE = "node:__internal_head__"
-
-
-def make_cost(config: CostConfig) -> CostFunction:
-    """The cost function that a configuration names."""
-    if config.kind == "weighted_tokens":
-        return WeightedTokens(config.input_weight, config.output_weight, config.cached_fraction)
-    if config.kind == "profiled_quadratic":
-        return ProfiledQuadratic(cached_fraction=config.cached_fraction)
-    return KvTokenTime(cached_fraction=config.cached_fraction)
-
-
-def policy_of(config: FairnessConfig) -> Policy:
-    """A new policy object of the configured name."""
-    return make_policy(config.policy, config.rpm_limit)
-
-
-def limits_of(config: DispatchConfig) -> DispatchLimits:
-    return DispatchLimits(**config.model_dump())
 
 
 def store_of(config: CounterConfig) -> SqliteStore | None:
@@ -80,6 +64,7 @@ class CounterService:
         self._clock = clock or SystemClock()
         self._config: CounterConfig = self._args.counter
         self._on_idle = on_idle
+        self._log_file = LineFile(self._config.decision_log_path) if self._config.decision_log_path else None
         self._dispatcher = self._new_dispatcher(self._args, epoch or time.time_ns())
         self._store = store_of(self._config)
         self._restore()
@@ -127,7 +112,7 @@ class CounterService:
 
     async def status(self) -> dict[str, Any]:
         """A plain picture of clients, replicas, gap and bound."""
-        return self._dispatcher.status(self._now_s())
+        return status(self._dispatcher, self._now_s())
 
     async def configure(self, args_json: str) -> int:
         """Take over the fairness and dispatch settings of a new deployment. Counters stay; a change of settings begins
@@ -155,8 +140,11 @@ class CounterService:
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _new_dispatcher(self, args: FairServeArgs, epoch: int) -> Dispatcher:
-        fairness = args.fairness
-        return Dispatcher(policy_of(fairness), make_cost(fairness.cost), limits_of(args.dispatch), epoch=epoch)
+        log = None
+        if self._log_file is not None:
+            log = DecisionLog(self._log_file.write)
+            log.began(policy=args.fairness.policy, epoch=epoch, now_s=self._clock.now_s())
+        return make_dispatcher(args.fairness, args.dispatch, epoch=epoch, log=log)
 
     def _restore(self) -> None:
         if self._store is None:
@@ -186,6 +174,8 @@ class CounterService:
         now_s = self._clock.now_s()
         self._dispatcher.tick(now_s)
         self._wake_routers()
+        if self._log_file is not None:
+            await asyncio.to_thread(self._log_file.flush)
         if self._store is not None and now_s - self._saved_s >= self._config.snapshot_s:
             self._saved_s = now_s
             await self._save(self._store)

@@ -13,8 +13,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from fairserve.assembly import make_local_book
 from fairserve.clock import Clock, SystemClock
-from fairserve.cluster.counter_actor import make_cost, policy_of, start_counter_actor, without_keys
+from fairserve.cluster.counter_actor import start_counter_actor, without_keys
 from fairserve.cluster.counter_client import RETRY_S, CounterLink, CounterTransport, RayTransport, for_ever
 from fairserve.cluster.outputs import OutputStream
 from fairserve.config import FairServeArgs
@@ -235,12 +236,13 @@ class ModelReplica:
         args = FairServeArgs.model_validate_json(args_json)
         actor = await asyncio.to_thread(_begin, args)
         clock = SystemClock()
-        book: LocalBook[GenerateRequest] = LocalBook(policy_of(args.fairness), make_cost(args.fairness.cost))
+        book: LocalBook[GenerateRequest] = make_local_book(args.fairness)
         engine = await asyncio.to_thread(
             build_engine,
             args.model,
             args.engine,
             reserve_output_tokens=args.dispatch.reserve_output_tokens,
+            preempt_gap=args.dispatch.preempt_gap,
             queue=book,
             account=book,
             num_threads=num_threads(args),

@@ -24,7 +24,8 @@ class FairRouter(RequestRouter):
     """Waits for a grant, then sends the request to the granted replica; without the counter actor, to the less loaded
     of two random replicas, whose local queue is fair by itself.
 
-    ``request_router_kwargs``: ``counter``, a ``CounterConfig`` as a dict.
+    ``request_router_kwargs``: ``counter``, a ``CounterConfig`` as a dict; ``prefix_block_tokens``, 0 where the policy
+    does not look at prefixes.
     """
 
     def initialize_state(self, **kwargs: Any) -> None:
@@ -35,6 +36,7 @@ class FairRouter(RequestRouter):
         from fairserve.dispatch.router_book import RouterBook
 
         config = CounterConfig.model_validate(kwargs["counter"])
+        self._prefix_block_tokens: int = kwargs.get("prefix_block_tokens", 0)
         self._client = RouterClient(
             RouterBook(f"router-{uuid.uuid4().hex}", time.time_ns()),
             RayTransport(lambda: find_counter_actor(config)),
@@ -68,6 +70,10 @@ class FairRouter(RequestRouter):
             request.sampling.max_tokens,
             request.weight,
             request.max_waiting,
+            application=request.application,
+            interaction=request.interaction,
+            call_index=request.call_index,
+            prefix=self._prefix(request),
         )
         arrived_s = pending_request.kwargs.get("first_sent_s", pending_request.created_at)
         if is_retry or pending_request.kwargs.get("num_returns"):  # it was accepted before: its place is kept
@@ -92,6 +98,13 @@ class FairRouter(RequestRouter):
                 return replica
             self._client.decline(grant)
             submit = replace(submit, is_retry=True, waited_s=time.time() - arrived_s)
+
+    def _prefix(self, request: Any) -> tuple[int, ...]:
+        from fairserve.dispatch.prefixes import prefix_hashes
+
+        if not self._prefix_block_tokens:
+            return ()
+        return prefix_hashes(request.client, request.prompt_token_ids, self._prefix_block_tokens)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None

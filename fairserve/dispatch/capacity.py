@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from fairserve.dispatch.messages import StepReport
+
+_Entry = tuple[int, int, str]
+"""(- free KV tokens, - free slots, name): the least goes first."""
 
 
 @dataclass(slots=True)
@@ -25,6 +29,8 @@ class ReplicaRoom:
     unconfirmed: dict[str, int] = field(default_factory=dict)
     """request id -> KV tokens reserved for it."""
     reserved_tokens: int = 0
+    granted_over: str | None = None
+    """A request granted although there is no room, which has not started: somebody gives way for it there."""
 
     @property
     def room_tokens(self) -> int:
@@ -35,14 +41,28 @@ class ReplicaRoom:
         """Running slots still free; negative once the lookahead is in use."""
         return self.free_slots - len(self.unconfirmed)
 
+    @property
+    def num_requests(self) -> int:
+        """Running, waiting or on their way there."""
+        return self.num_running + self.num_waiting + len(self.unconfirmed)
+
 
 class Capacity:
-    """Room on all replicas. Questions are pure; report, reserve, release, suspend and forget act."""
+    """Room on all replicas. Questions change no answer; report, reserve, release, suspend and forget act.
+
+    The best replica is found in O(log replicas): two heaps, of replicas with a free running slot and of all with
+    lookahead, by free KV tokens. An entry whose numbers are no longer the replica's is skipped when it surfaces.
+    """
 
     def __init__(self, lookahead: int, stale_s: float) -> None:
         self._lookahead = lookahead
         self._stale_s = stale_s
         self._rooms: dict[str, ReplicaRoom] = {}
+        self._heaps: tuple[list[_Entry], list[_Entry]] = ([], [])
+        self._entries: dict[str, tuple[_Entry, bool]] = {}
+        self._asleep: dict[str, None] = {}
+        """Replicas that stood first and may not be granted to for now."""
+        self._least_kv_tokens = 0
 
     def __iter__(self) -> Iterator[ReplicaRoom]:
         return iter(self._rooms.values())
@@ -58,12 +78,20 @@ class Capacity:
         """KV capacity of the largest replica known; None when none is."""
         return max((room.kv_capacity_tokens for room in self), default=None)
 
+    def pressure(self, now_s: float) -> float:
+        """Part of the living replicas' KV cache, or of their slots, that is taken, whichever is more; 0 for none."""
+        alive = [room for room in self if self.is_alive(room, now_s)]
+        kv, slots = sum(room.kv_capacity_tokens for room in alive), sum(room.max_slots for room in alive)
+        free_kv = sum(max(0, room.room_tokens) for room in alive)
+        free_slots = sum(max(0, room.room_slots) for room in alive)
+        return max(1 - free_kv / kv if kv else 0.0, 1 - free_slots / slots if slots else 0.0)
+
     def can_hold(self, room: ReplicaRoom, need_tokens: int, now_s: float) -> bool:
         """Whether the replica is alive and has a slot (or lookahead) and KV room for ``need_tokens`` more."""
         has_room = room.room_slots + self._lookahead > 0 and room.room_tokens >= need_tokens
-        return has_room and self._is_alive(room, now_s)
+        return has_room and self.is_alive(room, now_s)
 
-    def _is_alive(self, room: ReplicaRoom, now_s: float) -> bool:
+    def is_alive(self, room: ReplicaRoom, now_s: float) -> bool:
         return now_s - room.heard_s <= self._stale_s and now_s >= room.suspended_until_s
 
     def best_for(self, need_tokens: int, now_s: float) -> ReplicaRoom | None:
@@ -73,14 +101,48 @@ class Capacity:
         A request that needs more than the largest living replica has is held to all of that one: it preempts or
         refuses.
         """
-        largest = max((room.kv_capacity_tokens for room in self if self._is_alive(room, now_s)), default=0)
-        need_tokens = min(need_tokens, largest)
-        fitting = (room for room in self if self.can_hold(room, need_tokens, now_s))
-        return min(
-            fitting,
-            key=lambda room: (room.room_slots <= 0, -room.room_tokens, -room.room_slots, room.name),
-            default=None,
-        )
+        self._wake(now_s)
+        if need_tokens > self._least_kv_tokens:
+            largest = max((room.kv_capacity_tokens for room in self if self.is_alive(room, now_s)), default=0)
+            need_tokens = min(need_tokens, largest)
+        for heap in self._heaps:
+            room = self._first(heap, now_s)
+            if room is not None and room.room_tokens >= need_tokens:
+                return room
+        return None
+
+    def _first(self, heap: list[_Entry], now_s: float) -> ReplicaRoom | None:
+        """The living replica on top; the others that surface go out, to sleep if they still count."""
+        while heap:
+            entry = heap[0]
+            name = entry[2]
+            if self._entries.get(name, (None, False))[0] is entry:
+                room = self._rooms[name]
+                if self.is_alive(room, now_s):
+                    return room
+                del self._entries[name]
+                self._asleep[name] = None
+            heapq.heappop(heap)
+        return None
+
+    def _wake(self, now_s: float) -> None:
+        for name in [name for name in self._asleep if self.is_alive(self._rooms[name], now_s)]:
+            self._changed(self._rooms[name])
+
+    def _changed(self, room: ReplicaRoom) -> None:
+        """Give the replica the entry that its numbers ask for."""
+        self._asleep.pop(room.name, None)
+        if room.room_slots + self._lookahead <= 0:
+            self._entries.pop(room.name, None)
+            return
+        entry = (-room.room_tokens, -room.room_slots, room.name)
+        only_queues = room.room_slots <= 0
+        self._entries[room.name] = (entry, only_queues)
+        heap = self._heaps[only_queues]
+        heapq.heappush(heap, entry)
+        if len(heap) > 4 * len(self._rooms) + 64:
+            heap[:] = [entry for entry, queues in self._entries.values() if queues == only_queues]
+            heapq.heapify(heap)
 
     def report(self, report: StepReport, now_s: float) -> ReplicaRoom:
         """Take over a report's numbers. A new incarnation begins with nothing reserved."""
@@ -88,22 +150,31 @@ class Capacity:
         if room is None or room.incarnation != report.incarnation:
             room = ReplicaRoom(report.replica, report.incarnation, now_s, 0, 0, 0, 0)
             self._rooms[report.replica] = room
+        is_resized = room.kv_capacity_tokens != report.kv_capacity_tokens
         room.heard_s = now_s
         room.free_kv_tokens, room.free_slots = report.free_kv_tokens, report.free_slots
         room.kv_capacity_tokens, room.max_slots = report.kv_capacity_tokens, report.max_slots
         room.num_running, room.num_waiting = report.num_running, report.num_waiting
+        if is_resized:
+            self._resized()
+        self._changed(room)
         return room
+
+    def _resized(self) -> None:
+        self._least_kv_tokens = min((room.kv_capacity_tokens for room in self), default=0)
 
     def reserve(self, replica: str, request_id: str, need_tokens: int) -> None:
         room = self._rooms[replica]
         room.unconfirmed[request_id] = min(need_tokens, room.kv_capacity_tokens)
         room.reserved_tokens += room.unconfirmed[request_id]
+        self._changed(room)
 
     def release(self, replica: str, request_id: str) -> None:
         """The request is in the replica's own numbers now, or will not come; no effect when it is not reserved."""
         room = self._rooms.get(replica)
         if room is not None and request_id in room.unconfirmed:
             room.reserved_tokens -= room.unconfirmed.pop(request_id)
+            self._changed(room)
 
     def suspend(self, replica: str, until_s: float) -> None:
         """Grant it nothing until then: a router could not reach it."""
@@ -111,8 +182,13 @@ class Capacity:
             self._rooms[replica].suspended_until_s = until_s
 
     def forget(self, replica: str) -> None:
-        self._rooms.pop(replica, None)
+        if self._rooms.pop(replica, None) is not None:
+            self._entries.pop(replica, None)
+            self._asleep.pop(replica, None)
+            self._resized()
 
     def check(self) -> None:
         for room in self:
             assert room.reserved_tokens == sum(room.unconfirmed.values()), room
+            listed = room.name in self._entries or room.name in self._asleep
+            assert listed == (room.room_slots + self._lookahead > 0), room

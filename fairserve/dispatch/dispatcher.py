@@ -9,13 +9,15 @@ what the replica reports) -> *finished*. It may leave from every stage; whatever
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from fairserve.dispatch.capacity import Capacity, ReplicaRoom
-from fairserve.dispatch.drain import DrainRate, retry_after_s
+from fairserve.dispatch.decision_log import DecisionLog
+from fairserve.dispatch.door import Door
+from fairserve.dispatch.leases import Lease, Leases, Waiting, scaled
 from fairserve.dispatch.ledger import Ledger
+from fairserve.dispatch.limits import DispatchLimits
 from fairserve.dispatch.messages import (
     Grant,
     Refusal,
@@ -24,81 +26,85 @@ from fairserve.dispatch.messages import (
     RouterReply,
     StepReport,
     Submit,
+    Totals,
 )
+from fairserve.dispatch.placement import Placement
 from fairserve.dispatch.sessions import RouterSession
-from fairserve.errors import ClientQueueFull, ClusterQueueFull, RateLimited, Refused
-from fairserve.fairness.bounds import BoundTracker, GapMonitor, jain
+from fairserve.dispatch.watch import Watch
+from fairserve.errors import ClientQueueFull, ClusterQueueFull
+from fairserve.fairness.accounts import application_of, client_of
+from fairserve.fairness.bounds import BoundTracker, GapMonitor
 from fairserve.fairness.cost import CostFunction
+from fairserve.fairness.hierarchy import TOP, is_group, path_of
+from fairserve.fairness.interactions import Interactions
 from fairserve.fairness.policy import Policy
+from fairserve.fairness.prediction import NoPrediction, Predictor
 from fairserve.fairness.queue import FairQueue
+from fairserve.fairness.throttle import Throttle, ThrottleSettings
 
-SNAPSHOT_VERSION = 1
+__all__ = ["DispatchLimits", "Dispatcher"]
+
+SNAPSHOT_VERSION = 2
 UNREACHABLE_PAUSE_S = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class DispatchLimits:
-    """Numbers of the dispatcher; ``DispatchConfig`` documents each."""
-
-    lookahead: int = 1
-    reserve_output_tokens: int | None = None
-    max_waiting: int = 10_000
-    max_waiting_per_client: int = 2_000
-    lease_s: float = 5.0
-    replica_stale_s: float = 5.0
-    replica_dead_s: float = 20.0
-    router_dead_s: float = 20.0
-
-
-@dataclass(slots=True)
-class Waiting:
-    submit: Submit
-    router: str
-    arrived_s: float
-
-
-@dataclass(slots=True)
-class Lease:
-    """A granted request. ``charge`` is what the counter rose by, until the replica's own report replaces it."""
-
-    waiting: Waiting
-    replica: str
-    incarnation: int
-    charge: float
-    owed: float
-    """Output service / weight it may still make: part of the bound."""
-    deadline_s: float
-    confirmed: bool = False
-
-
 class Dispatcher:
-    """``epoch`` names this life of the authority: positive, and greater than that of every earlier life."""
+    """``epoch`` names this life of the authority: positive, and greater than that of every earlier life.
 
-    def __init__(self, policy: Policy, cost: CostFunction, limits: DispatchLimits, *, epoch: int) -> None:
+    ``predictor`` foretells output lengths, ``throttle`` refuses interactions under overload, ``group_weights`` weighs
+    organisations and teams, ``capacity`` and ``log`` may be handed in by a simulation and by whoever records decisions.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        cost: CostFunction,
+        limits: DispatchLimits,
+        *,
+        epoch: int,
+        predictor: Predictor | None = None,
+        throttle: ThrottleSettings | None = None,
+        group_weights: Mapping[str, float] | None = None,
+        capacity: Capacity | None = None,
+        log: DecisionLog | None = None,
+    ) -> None:
         assert epoch > 0
         self.epoch = epoch
         self.cost = cost
         self.limits = limits
-        self.queue: FairQueue[Waiting] = FairQueue(policy)
+        self.queue: FairQueue[Waiting] = FairQueue(policy, group_weights)
         self.ledger = Ledger()
-        self.capacity = Capacity(limits.lookahead, limits.replica_stale_s)
-        self.bounds = BoundTracker()
-        self.gaps = GapMonitor()
+        self.capacity = Capacity(limits.lookahead, limits.replica_stale_s) if capacity is None else capacity
+        self.interactions = Interactions()
+        self.throttle = Throttle(throttle or ThrottleSettings())
+        self.leases = Leases()
+        self.watch = Watch(self.queue)
+        self._predictor: Predictor = predictor or NoPrediction()
+        self.door = Door(self.queue, limits, self.throttle)
+        self._placement = Placement(self.queue, self.capacity, self.leases, limits)
+        self._log = log
         self._sessions: dict[str, RouterSession] = {}
         self._to_wake: set[str] = set()
-        self._leases: dict[str, Lease] = {}
-        self._unconfirmed: OrderedDict[str, Lease] = OrderedDict()
-        self._by_replica: dict[str, set[str]] = {}
-        self._provisional: dict[str, float] = {}
-        self._owed: dict[str, float] = {}
-        self._scaled_service: dict[str, float] = {}
-        self._drain = DrainRate()
-        self._client_drain: dict[str, DrainRate] = {}
         self._knows_the_past = False
         self.num_lifts = 0
         self.num_granted = 0
+        self.num_granted_over = 0
         self.num_lapsed = 0
         self.num_refused = 0
+
+    @property
+    def bounds(self) -> BoundTracker:
+        """U and S among the nodes of the top level: among all clients where names are flat."""
+        return self.watch.bounds[TOP]
+
+    @property
+    def gaps(self) -> GapMonitor:
+        """The gaps among them."""
+        return self.watch.gaps[TOP]
+
+    @property
+    def num_routers(self) -> int:
+        return len(self._sessions)
 
     # -- events from routers ----------------------------------------------------------------------------------------
 
@@ -113,10 +119,10 @@ class Dispatcher:
             for replica in call.unreachable:
                 self.capacity.suspend(replica, now_s + UNREACHABLE_PAUSE_S)
             for request_id in (*call.cancels, *call.declined):
-                self._drop(request_id)
+                self._drop(request_id, now_s)
             submits = call.submits
             if call.is_full:  # the least served first, or a client that is ahead would lift those behind it
-                submits = tuple(sorted(submits, key=lambda submit: self.queue.counter(submit.client)))
+                submits = tuple(sorted(submits, key=lambda submit: self.queue.standing(submit.client)))
             refusals = (self._submit(submit, session, now_s) for submit in submits)
             session.last_refusals = tuple(refusal for refusal in refusals if refusal is not None)
             self.dispatch(now_s)
@@ -143,7 +149,7 @@ class Dispatcher:
         if session is not None and session.incarnation > call.incarnation:
             return None
         if session is not None:
-            self._end_session(session)
+            self._end_session(session, now_s)
         is_first_call = call.epoch == 0
         self._sessions[call.router] = RouterSession(call.router, call.incarnation, now_s, is_complete=is_first_call)
         return self._sessions[call.router]
@@ -152,41 +158,41 @@ class Dispatcher:
         return RouterReply(self.epoch, tuple(session.outbox.values()), refusals, resubmit=not session.is_complete)
 
     def _submit(self, submit: Submit, session: RouterSession, now_s: float) -> Refusal | None:
-        if submit.request_id in self.queue or submit.request_id in self._leases:
+        if submit.request_id in self.queue or submit.request_id in self.leases:
             return None
         client = submit.client
-        self.queue.table.register(client, submit.weight)
+        self.queue.register(client, submit.weight)
         if not submit.is_retry:
-            error = self._refuse(submit, now_s)
+            is_first = self.interactions.is_first(client, submit.interaction, submit.call_index, now_s)
+            error = self.door.refuse(submit, is_first, now_s)
             if isinstance(error, ClientQueueFull | ClusterQueueFull):
                 self.dispatch(now_s)  # earlier ones of the same call may only look as if they had to wait
-                error = self._refuse(submit, now_s)
+                error = self.door.refuse(submit, is_first, now_s)
             if error is not None:
                 self.num_refused += 1
+                if not is_first:
+                    self.interactions.cut(client, submit.interaction)
+                    self._mark(client)
+                if self._log is not None:
+                    self._log.refused(submit, error, now_s)
                 return Refusal(submit.request_id, error)
-            self.queue.policy.accepted(client, now_s)
+            self.door.accepted(submit, now_s)
+            self.interactions.accepted(client, submit.interaction, submit.request_id, now_s, is_first=is_first)
+            self._mark(client)
         session.requests.add(submit.request_id)
         waiting = Waiting(submit, session.router, now_s - submit.waited_s)
         rise = self.queue.arrive(client, submit.request_id, waiting, waiting.arrived_s)
         self.num_lifts += rise > 0
-        self._observe({client})
+        if self._log is not None:
+            self._log.submitted(submit, rise, now_s)
+        self.watch.observe({client})
         return None
 
-    def _refuse(self, submit: Submit, now_s: float) -> Refused | None:
-        client, limits = submit.client, self.limits
-        wait_s = self.queue.policy.retry_after_s(client, now_s)
-        if wait_s is not None:
-            return RateLimited(client, getattr(self.queue.policy, "limit", 0), max(wait_s, 1.0))
-        limit = limits.max_waiting_per_client if submit.max_waiting is None else submit.max_waiting
-        waiting = self.queue.backlog
-        num = waiting.num_waiting(client)
-        if num >= limit:
-            drain = self._client_drain.get(client)
-            return ClientQueueFull(client, num, limit, retry_after_s(1, drain.per_s(now_s) if drain else 0.0))
-        share = limits.max_waiting / (waiting.num_clients + (num == 0))
-        if len(waiting) >= limits.max_waiting and (num >= share or len(waiting) >= 2 * limits.max_waiting):
-            return ClusterQueueFull(len(waiting), limits.max_waiting, retry_after_s(1, self._drain.per_s(now_s)))
-        return None
+    def _mark(self, client: str) -> None:
+        """Tell the queue whether the client has an interaction under way."""
+        is_under_way = self.interactions.is_under_way(client)
+        if is_under_way != self.queue.is_under_way(client):
+            self.queue.set_under_way(client, is_under_way)
 
     # -- events from replicas ---------------------------------------------------------------------------------------
 
@@ -195,288 +201,296 @@ class Dispatcher:
         is_old_acquaintance = report.is_full or report.epoch not in (0, self.epoch)
         added = self.ledger.merge(report, as_baseline=is_old_acquaintance and not self._knows_the_past)
         if added is not None:
-            level = self._level()
-            room = self.capacity.get(report.replica)
-            is_current = room is None or room.incarnation <= report.incarnation
-            if room is not None and room.incarnation < report.incarnation:
-                self._lose_replica(report.replica)
-            before = {client: self.queue.counter(client) for client in added}
-            for request_id in (*report.received, *report.held):
-                self._confirm(request_id, report)
-            for request_id in report.started:
-                self._settle(request_id, report)
-            for client in report.totals:
-                if client not in self.queue.table:
-                    self.queue.table.register(client, report.weights.get(client, 1.0))
-            for client, difference in added.items():
-                amount = self.queue.charge(client, difference.service)
-                self._scaled_service[client] = self._scaled_service.get(client, 0.0) + amount
-            for request_id in report.finished:
-                self._finish(request_id, report)
-            self.bounds.saw_return(level, self._level())
-            self.bounds.saw_merge(report.replica, max((self.queue.counter(c) - before[c] for c in added), default=0.0))
-            if is_current:
-                self.capacity.report(report, now_s)
-            self._observe(set(added))
+            self._merge(report, added, now_s)
             self.dispatch(now_s)
-        clients = {*report.totals, *report.clients}
+        clients = {*map(client_of, report.totals), *report.clients}
+        nodes = {node for client in clients if client in self.queue.table for node in path_of(client)}
         return ReportReply(
             epoch=self.epoch,
             ack=self.ledger.ack(report.replica, report.incarnation),
-            counters={client: self.queue.counter(client) for client in clients if client in self.queue.table},
+            counters={node: self.queue.counter(node) for node in nodes},
             need_full=not report.is_full and report.epoch not in (0, self.epoch),
         )
+
+    def _merge(self, report: StepReport, added: Mapping[str, Totals], now_s: float) -> None:
+        clients = {client_of(account) for account in added}
+        touched = self._clients_of(report) | clients
+        levels = self.watch.levels(touched)
+        room = self.capacity.get(report.replica)
+        is_current = room is None or room.incarnation <= report.incarnation
+        if room is not None and room.incarnation < report.incarnation:
+            self._lose_replica(report.replica, now_s)
+        before = {node: self.queue.counter(node) for client in clients for node in path_of(client)}
+        for request_id in (*report.received, *report.held):
+            self._confirm(request_id, report, now_s)
+        for request_id in report.started:
+            self._start(request_id, report, now_s)
+        for account in report.totals:
+            client = client_of(account)
+            if client not in self.queue.table:
+                self.queue.register(client, report.weights.get(client, 1.0))
+        for account, difference in added.items():
+            client = client_of(account)
+            rates = self.queue.rates(client, self.queue.policy.price(client, application_of(account)))
+            self.queue.charge(client, difference.service, rates)
+            self.watch.served(client, difference.service, rates)
+        for request_id, num_output in report.outputs.items():
+            self._progress(request_id, num_output, report)
+        for request_id in report.finished:
+            self._finish(request_id, report, now_s)
+        self.watch.returned(levels)
+        self.watch.merged(report.replica, before)
+        if is_current:
+            self.capacity.report(report, now_s)
+        self.watch.observe(clients)
+
+    def _clients_of(self, report: StepReport) -> set[str]:
+        """Clients whose grants the report may settle."""
+        leases = map(
+            self.leases.get, (*report.received, *report.held, *report.started, *report.outputs, *report.finished)
+        )
+        return {lease.waiting.submit.client for lease in leases if lease is not None}
 
     def _is_on(self, lease: Lease, report: StepReport) -> bool:
         return (lease.replica, lease.incarnation) == (report.replica, report.incarnation)
 
-    def _confirm(self, request_id: str, report: StepReport) -> Lease | None:
-        lease = self._leases.get(request_id)
+    def _confirm(self, request_id: str, report: StepReport, now_s: float) -> Lease | None:
+        lease = self.leases.get(request_id)
         if lease is None or not self._is_on(lease, report):
-            self._void(request_id)
+            self._void(request_id, now_s)
             return None
         if not lease.confirmed:
-            lease.confirmed = True
-            del self._unconfirmed[request_id]
+            self.leases.confirm(request_id)
             self.capacity.release(lease.replica, request_id)
         return lease
 
-    def _void(self, request_id: str) -> None:
+    def _void(self, request_id: str, now_s: float) -> None:
         """It is on a replica already: whatever else was planned for it is void. A router that wants it all the same
         (it could not reach that replica) is asked to submit again."""
-        waiting = self._drop(request_id)
+        waiting = self._drop(request_id, now_s)
         session = self._sessions.get(waiting.router) if waiting is not None else None
         if session is not None:
             session.is_complete = False
 
-    def _settle(self, request_id: str, report: StepReport) -> None:
+    def _start(self, request_id: str, report: StepReport, now_s: float) -> None:
         """The replica's totals include this request's input from now on."""
-        lease = self._confirm(request_id, report)
+        lease = self._confirm(request_id, report, now_s)
         if lease is not None:
-            self._return_charge(lease)
+            lease.has_started = True
+            self._settle(lease)
+            self._no_longer_over(request_id, lease)
 
-    def _finish(self, request_id: str, report: StepReport) -> None:
-        lease = self._leases.get(request_id)
+    def _progress(self, request_id: str, num_output: int, report: StepReport) -> None:
+        """The replica's totals include this many output tokens of the request."""
+        lease = self.leases.get(request_id)
         if lease is not None and self._is_on(lease, report):
-            self._drop(request_id)
+            lease.num_output = max(lease.num_output, num_output)
+            self._settle(lease)
+
+    def _settle(self, lease: Lease) -> None:
+        """What the replica has reported is no longer held: input once it started, output token by token."""
+        submit = lease.waiting.submit
+        if lease.has_started and lease.held:
+            made = self.cost.service(submit.num_input, lease.num_output)
+            expected = self.cost.service(submit.num_input, lease.predicted)
+            self._release(lease, lease.held - max(0.0, expected - made))
+
+    def _finish(self, request_id: str, report: StepReport, now_s: float) -> None:
+        lease = self.leases.get(request_id)
+        if lease is None or not self._is_on(lease, report):
+            return
+        submit = lease.waiting.submit
+        if lease.has_started:
+            client, application = submit.client, submit.application
+            self._predictor.learn(client, application, lease.num_output)
+            service = self.cost.service(submit.num_input, lease.num_output)
+            input_service = self.cost.service(submit.num_input, 0)
+            self.queue.policy.finished(client, application, lease.replica, input_service, service)
+        if self._log is not None:
+            self._log.finished(request_id, lease, now_s)
+        self._drop(request_id, now_s)
 
     # -- grants -----------------------------------------------------------------------------------------------------
 
     def dispatch(self, now_s: float) -> None:
         """Grant while the head of the policy's order fits somewhere; the first that does not stops all (no skipping:
         the bound needs it)."""
-        while (waiting := self.queue.peek()) is not None:
-            need = self._need_tokens(waiting.submit)
-            room = self.capacity.best_for(need, now_s)
+        placement = self._placement
+        while (waiting := placement.next()) is not None:
+            submit = waiting.submit
+            need = placement.need_tokens(submit)
+            room = placement.room_for(submit, need, now_s)
             if room is None:
-                return
-            self.queue.pop()
+                room = placement.room_over(submit.client, now_s)
+                if room is None:
+                    return
+                room.granted_over = submit.request_id
+                self.num_granted_over += 1
+            self.queue.take(submit.client, submit.request_id)
             self._grant(waiting, room, need, now_s)
 
-    def _need_tokens(self, submit: Submit) -> int:
-        reserve = self.limits.reserve_output_tokens
-        return submit.num_input + (submit.max_output if reserve is None else min(submit.max_output, reserve))
+    def _no_longer_over(self, request_id: str, lease: Lease) -> None:
+        room = self.capacity.get(lease.replica)
+        if room is not None and room.granted_over == request_id:
+            room.granted_over = None
 
     def _grant(self, waiting: Waiting, room: ReplicaRoom, need: int, now_s: float) -> None:
         """Charge and lease what was picked: one step, nobody can come between."""
         submit = waiting.submit
         client, request_id = submit.client, submit.request_id
-        input_service = self.cost.service(submit.num_input, 0)
-        charge = self.queue.charge(client, input_service)
-        whole = self.cost.service(submit.num_input, submit.max_output)
-        owed = (whole - input_service) / self.queue.table.weight(client)
-        deadline_s = now_s + self.limits.lease_s
-        lease = Lease(waiting, room.name, room.incarnation, charge, owed, deadline_s)
-        self._leases[request_id] = self._unconfirmed[request_id] = lease
-        self._by_replica.setdefault(room.name, set()).add(request_id)
-        self._provisional[client] = self._provisional.get(client, 0.0) + charge
-        self._owed[client] = self._owed.get(client, 0.0) + owed
-        self.bounds.saw_grant(charge, self._owed[client])
-        self.bounds.saw_in_flight(self._provisional[client])
-        self.capacity.reserve(room.name, request_id, need)
-        self._drain.count(now_s)
-        self._client_drain.setdefault(client, DrainRate()).count(now_s)
+        policy, cost = self.queue.policy, self.cost
+        foretold = self._predictor.predict(client, submit.application, submit.predicted_output)
+        predicted = min(max(0.0, foretold), submit.max_output)
+        service = cost.service(submit.num_input, predicted)
+        rates = self.queue.rates(client, policy.price(client, submit.application))
+        owed = cost.service(submit.num_input, submit.max_output) - service
         self.num_granted += 1
-        self._observe({client})
-        grant = Grant(request_id, room.name, now_s - waiting.arrived_s, self.num_granted)
-        self._sessions[waiting.router].put(grant)
+        deadline_s = now_s + self.limits.lease_s
+        lease = Lease(
+            waiting, room.name, room.incarnation, predicted, service, rates, owed, deadline_s, self.num_granted
+        )
+        self.leases.add(request_id, lease)
+        self.queue.charge(client, service, rates)
+        self.watch.granted(client, scaled(service, rates), scaled(owed, rates))
+        self.capacity.reserve(room.name, request_id, need)
+        self._placement.placed(submit, room, cost.service(submit.num_input, 0))
+        waited_s = now_s - waiting.arrived_s
+        self.door.granted(client, waited_s, now_s)
+        self.watch.observe({client})
+        if self._log is not None:
+            self._log.granted(lease, self.queue.counter(client), waited_s, now_s)
+        self._sessions[waiting.router].put(Grant(request_id, room.name, waited_s, self.num_granted))
         self._to_wake.add(waiting.router)
 
-    def _return_charge(self, lease: Lease) -> None:
-        if not lease.charge:
+    def _release(self, lease: Lease, service: float) -> None:
+        """Give back what was charged at the grant: the replica's totals hold it now, or it will not be served."""
+        if not lease.held:
             return
         client = lease.waiting.submit.client
-        self.queue.give_back(client, lease.charge)
-        _subtract(self._provisional, client, lease.charge)
-        lease.charge = 0.0
+        self.queue.charge(client, -service, lease.rates)
+        self.watch.gave_back(client, scaled(service, lease.rates))
+        lease.held = lease.held - service if service < lease.held else 0.0
 
-    def _level(self) -> float:
-        """Where a client that becomes active now is lifted to: 0 before the first."""
-        reference = self.queue.least_served() or self.queue.last_to_leave
-        return 0.0 if reference is None else self.queue.counter(reference)
-
-    def _drop(self, request_id: str) -> Waiting | None:
+    def _drop(self, request_id: str, now_s: float) -> Waiting | None:
         """The request leaves, from whatever stage; an unserved charge returns."""
-        level = self._level()
         waiting = self.queue.remove(request_id)
-        lease = self._leases.pop(request_id, None)
+        lease = self.leases.pop(request_id)
         if lease is not None:
             waiting = lease.waiting
             client = waiting.submit.client
-            self._return_charge(lease)
-            _subtract(self._owed, client, lease.owed)
-            self._unconfirmed.pop(request_id, None)
-            self._by_replica[lease.replica].discard(request_id)
+            levels = self.watch.levels((client,))
+            self._release(lease, lease.held)
+            self.watch.ended(client, scaled(lease.owed, lease.rates))
             self.capacity.release(lease.replica, request_id)
-            self.bounds.saw_return(level, self._level())
+            self._no_longer_over(request_id, lease)
+            self.watch.returned(levels)
         if waiting is not None:
+            submit = waiting.submit
             session = self._sessions.get(waiting.router)
             if session is not None:
                 session.requests.discard(request_id)
                 session.withdraw(request_id)
-            self._observe({waiting.submit.client})
+            if submit.interaction:
+                num_tokens = submit.num_input + lease.num_output if lease is not None and lease.has_started else 0
+                self.interactions.ended(submit.client, submit.interaction, request_id, num_tokens, now_s)
+            self.watch.observe({submit.client})
         return waiting
 
     # -- time -------------------------------------------------------------------------------------------------------
 
     def tick(self, now_s: float) -> None:
-        """Let leases lapse, and routers and replicas die; call it a few times a second."""
+        """Let leases lapse, routers and replicas die, and overload show; call it a few times a second."""
         limits = self.limits
         for session in [s for s in self._sessions.values() if now_s - s.heard_s > limits.router_dead_s]:
-            self._end_session(session)
+            self._end_session(session, now_s)
         for room in [r for r in self.capacity if now_s - r.heard_s > limits.replica_dead_s]:
-            self._lose_replica(room.name)
+            self._lose_replica(room.name, now_s)
             self.capacity.forget(room.name)
-            self.bounds.lost_replica(room.name)
-        while self._unconfirmed:
-            request_id, lease = next(iter(self._unconfirmed.items()))
-            if lease.deadline_s > now_s:
-                break
+            self._placement.forget(room.name)
+            self.watch.lost_replica(room.name)
+        while (request_id := self.leases.first_lapsed(now_s)) is not None:
             self.num_lapsed += 1
-            self._requeue(request_id)
+            self._requeue(request_id, now_s)
+        if self.throttle.is_on:
+            head = self.queue.peek()
+            head_wait_s = now_s - head.arrived_s if head is not None else 0.0
+            self.throttle.overload.observe(head_wait_s, self.capacity.pressure(now_s), now_s)
+        for client in self.interactions.expire(now_s):
+            self._mark(client)
         self.dispatch(now_s)
 
-    def _requeue(self, request_id: str) -> None:
+    def _requeue(self, request_id: str, now_s: float) -> None:
         """Charge returned, request back at its place in the queue. If nothing else of its client waits, the client is
         lifted like any other that becomes active: what the others received meanwhile is no credit."""
-        waiting = self._drop(request_id)
+        waiting = self._drop(request_id, now_s)
         assert waiting is not None
         session = self._sessions.get(waiting.router)
         if session is not None:
             session.requests.add(request_id)
             rise = self.queue.arrive(waiting.submit.client, request_id, waiting, waiting.arrived_s)
             self.num_lifts += rise > 0
-            self._observe({waiting.submit.client})
+            self.watch.observe({waiting.submit.client})
 
-    def _lose_replica(self, replica: str) -> None:
+    def _lose_replica(self, replica: str, now_s: float) -> None:
         """It died or began anew: what it never confirmed waits again; the rest is over, the router will say more."""
-        for request_id in sorted(self._by_replica.get(replica, ())):
-            if self._leases[request_id].confirmed:
-                self._drop(request_id)
+        for request_id in self.leases.on(replica):
+            lease = self.leases.get(request_id)
+            assert lease is not None
+            if lease.confirmed:
+                self._drop(request_id, now_s)
             else:
-                self._requeue(request_id)
-        self._by_replica.pop(replica, None)
+                self._requeue(request_id, now_s)
+        self.leases.lost_replica(replica)
 
-    def _end_session(self, session: RouterSession) -> None:
+    def _end_session(self, session: RouterSession, now_s: float) -> None:
         del self._sessions[session.router]
         for request_id in sorted(session.requests):
-            lease = self._leases.get(request_id)
+            lease = self.leases.get(request_id)
             if lease is None or not lease.confirmed:
-                self._drop(request_id)
+                self._drop(request_id, now_s)
 
     # -- what others may see ----------------------------------------------------------------------------------------
-
-    def _observe(self, changed: set[str]) -> None:
-        """Watch the gap of clients whose service or backlog changed."""
-        self.gaps.observe({client: self._scaled_service.get(client, 0.0) for client in changed}, self.queue.is_waiting)
 
     @property
     def is_idle(self) -> bool:
         """No router and no replica is known."""
         return not self._sessions and not len(self.capacity)
 
-    def status(self, now_s: float) -> dict[str, Any]:
-        """A plain picture for people: clients, replicas, gap and bound. Amounts are service / weight where named so."""
-        running: dict[str, int] = {}
-        for lease in self._leases.values():
-            client = lease.waiting.submit.client
-            running[client] = running.get(client, 0) + 1
-        clients = {}
-        for client in self.queue.table:
-            totals = self.ledger.totals(client)
-            clients[client] = {
-                "weight": self.queue.table.weight(client),
-                "counter": self.queue.counter(client),
-                "waiting": self.queue.backlog.num_waiting(client),
-                "running": running.get(client, 0),
-                "service": totals.service,
-                "num_input": totals.num_input,
-                "num_cached": totals.num_cached,
-                "num_output": totals.num_output,
-            }
-        return {
-            "time_s": now_s,
-            "epoch": self.epoch,
-            "policy": self.queue.policy.name,
-            "clients": clients,
-            "replicas": {
-                room.name: {
-                    "report_age_s": now_s - room.heard_s,
-                    "free_kv_tokens": room.room_tokens,
-                    "kv_capacity_tokens": room.kv_capacity_tokens,
-                    "max_slots": room.max_slots,
-                    "running": room.num_running,
-                    "waiting": room.num_waiting,
-                    "granted_unconfirmed": len(room.unconfirmed),
-                }
-                for room in self.capacity
-            },
-            "routers": len(self._sessions),
-            "waiting": len(self.queue),
-            "leases": len(self._leases),
-            "granted": self.num_granted,
-            "lapsed": self.num_lapsed,
-            "refused": self.num_refused,
-            "lifts": self.num_lifts,
-            "bound": self.bounds.bound,
-            "bound_unit": self.bounds.unit,
-            "staleness": self.bounds.staleness,
-            "worst_gap": self.gaps.worst,
-            "worst_pair": self.gaps.worst_pair,
-            "jain_backlogged": jain([self._scaled_service.get(c, 0.0) for c in self.queue.backlog.clients()]),
-        }
-
     # -- snapshots --------------------------------------------------------------------------------------------------
 
     def dump(self) -> dict[str, Any]:
         """Everything that must outlive the authority, as plain values. Provisional charges are left out: the requests
         behind them are settled by their replica's report, or come again."""
-        table = self.queue.table
+        queue, table = self.queue, self.queue.table
         return {
             "version": SNAPSHOT_VERSION,
             "counters": {
-                client: [table.counter(client) - self._provisional.get(client, 0.0), table.weight(client)]
-                for client in table
+                node: [table.counter(node) - self.watch.unserved.get(node, 0.0), table.weight(node)] for node in table
             },
             # The next life begins with nobody waiting: the lift's reference is then whoever is least served now.
-            "last_to_leave": self.queue.least_served() or self.queue.last_to_leave,
+            "last_to_leave": {
+                group: siblings.least_served() or siblings.last_to_leave for group, siblings in queue.groups.items()
+            },
             "ledger": self.ledger.dump(),
         }
 
     def load(self, data: dict[str, Any]) -> None:
-        """Take over a snapshot; only into a dispatcher that has seen nothing yet.
+        """Take over a snapshot; only into a dispatcher that has seen nothing yet. Weights of groups are this one's.
 
         Raises:
             ValueError: when the snapshot is of another version.
         """
-        assert not len(self.queue) and not self._leases
+        assert not len(self.queue) and not self.leases
         if data.get("version") != SNAPSHOT_VERSION:
             raise ValueError(f"snapshot version {data.get('version')!r}, this fairserve reads {SNAPSHOT_VERSION}")
-        for client, (counter, weight) in data["counters"].items():
-            self.queue.table.register(client, weight)
-            self.queue.table.set(client, counter)
+        for client, (_, weight) in data["counters"].items():
+            if not is_group(client):
+                self.queue.register(client, weight)
+        for node, (counter, _) in data["counters"].items():
+            self.queue.set_counter(node, counter)
         self.queue.table.rebase()
-        self.queue.restore_last_to_leave(data["last_to_leave"])
+        for group, member in data["last_to_leave"].items():
+            self.queue.restore_last_to_leave(group, member)
         self.ledger.load(data["ledger"])
         self._knows_the_past = True
 
@@ -485,24 +499,19 @@ class Dispatcher:
         self.queue.check()
         self.ledger.check()
         self.capacity.check()
-        assert all(request_id not in self.queue for request_id in self._leases)
-        unconfirmed = {request_id for request_id, lease in self._leases.items() if not lease.confirmed}
-        assert unconfirmed == set(self._unconfirmed)
+        self.leases.check()
+        self.interactions.check()
+        self._placement.check()
+        assert all(request_id not in self.queue for request_id in self.leases)
+        unconfirmed = {request_id for request_id, lease in self.leases.items() if not lease.confirmed}
         reserved = {request_id for room in self.capacity for request_id in room.unconfirmed}
         assert reserved <= unconfirmed, "room is reserved for a request that is gone"
-        assert {r for requests in self._by_replica.values() for r in requests} == set(self._leases)
-        for name, mine in (("charge", self._provisional), ("owed", self._owed)):
+        for name, mine in (("held", self.watch.unserved), ("owed", self.watch.owed)):
             sums: dict[str, float] = {}
-            for lease in self._leases.values():
-                client = lease.waiting.submit.client
-                sums[client] = sums.get(client, 0.0) + getattr(lease, name)
-            for client in sums.keys() | mine.keys():
-                total, amount = sums.get(client, 0.0), mine.get(client, 0.0)
-                assert abs(total - amount) <= 1e-6 * (1 + abs(total)), (name, client, total, amount)
-
-
-def _subtract(amounts: dict[str, float], client: str, amount: float) -> None:
-    """Keep only what is more than rounding."""
-    amounts[client] = amounts.get(client, 0.0) - amount
-    if abs(amounts[client]) < 1e-6:
-        del amounts[client]
+            for lease in self.leases.values():
+                path = path_of(lease.waiting.submit.client)
+                for node, amount in zip(path, scaled(getattr(lease, name), lease.rates), strict=True):
+                    sums[node] = sums.get(node, 0.0) + amount
+            for node in sums.keys() | mine.keys():
+                total, amount = sums.get(node, 0.0), mine.get(node, 0.0)
+                assert abs(total - amount) <= 1e-6 * (1 + abs(total)), (name, node, total, amount)

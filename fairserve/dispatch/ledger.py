@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fairserve.dispatch.messages import NOTHING, StepReport, Totals
+from fairserve.fairness.accounts import client_of
 
 
 @dataclass(slots=True)
@@ -18,20 +19,22 @@ class _Book:
 
 
 class Ledger:
-    """Applies differences of cumulative totals: a lost report is made good by the next, a repeated or overtaken one
-    changes nothing. Books of dead incarnations are kept, so that a late report after a partition is still merged
-    right, up to ``max_books``; then the longest silent one goes."""
+    """Applies differences of cumulative totals, kept per account (client and application): a lost report is made good
+    by the next, a repeated or overtaken one changes nothing. Books of dead incarnations are kept, so that a late report
+    after a partition is still merged right, up to ``max_books``; then the longest silent one goes."""
 
     def __init__(self, max_books: int = 10_000) -> None:
         self._books: dict[tuple[str, int], _Book] = {}
         self._totals: dict[str, Totals] = {}
+        self._client_totals: dict[str, Totals] = {}
         self._max_books = max_books
 
     def totals(self, client: str) -> Totals:
         """Everything this client has received, over all replicas that ever reported."""
-        return self._totals.get(client, NOTHING)
+        return self._client_totals.get(client, NOTHING)
 
-    def clients(self) -> Mapping[str, Totals]:
+    def accounts(self) -> Mapping[str, Totals]:
+        """The same, by account."""
         return self._totals
 
     def ack(self, replica: str, incarnation: int) -> int:
@@ -40,9 +43,9 @@ class Ledger:
         return book.seq if book else 0
 
     def merge(self, report: StepReport, *, as_baseline: bool = False) -> dict[str, Totals] | None:
-        """Take a report in. Returns what it adds per client, or None when it is a repeat or was overtaken.
+        """Take a report in. Returns what it adds per account, or None when it is a repeat or was overtaken.
 
-        ``as_baseline`` is for an authority without memory of a replica that served before it: totals of clients not
+        ``as_baseline`` is for an authority without memory of a replica that served before it: totals of accounts not
         yet in the replica's book are taken over, but do not count as added.
         """
         key = (report.replica, report.incarnation)
@@ -52,33 +55,40 @@ class Ledger:
             return None
         book.seq = report.seq
         added = {}
-        for client, totals in report.totals.items():
-            is_new = client not in book.totals
-            difference = totals - book.totals.get(client, NOTHING)
+        for account, totals in report.totals.items():
+            is_new = account not in book.totals
+            difference = totals - book.totals.get(account, NOTHING)
             if difference != NOTHING:
-                book.totals[client] = totals
-                self._totals[client] = self.totals(client) + difference
+                book.totals[account] = totals
+                self._add(account, difference)
                 if not (as_baseline and is_new):
-                    added[client] = difference
+                    added[account] = difference
         while len(self._books) > self._max_books:
             del self._books[next(iter(self._books))]
         return added
 
+    def _add(self, account: str, difference: Totals) -> None:
+        client = client_of(account)
+        self._totals[account] = self._totals.get(account, NOTHING) + difference
+        self._client_totals[client] = self._client_totals.get(client, NOTHING) + difference
+
     def dump(self) -> dict[str, Any]:
         """Plain values for a snapshot."""
         return {
-            "totals": {client: _row(totals) for client, totals in self._totals.items()},
+            "totals": {account: _row(totals) for account, totals in self._totals.items()},
             "books": [
-                [replica, incarnation, book.seq, {client: _row(totals) for client, totals in book.totals.items()}]
+                [replica, incarnation, book.seq, {account: _row(totals) for account, totals in book.totals.items()}]
                 for (replica, incarnation), book in self._books.items()
             ],
         }
 
     def load(self, data: Mapping[str, Any]) -> None:
         """Take over what :meth:`dump` gave."""
-        self._totals = {client: Totals(*row) for client, row in data["totals"].items()}
+        self._totals, self._client_totals = {}, {}
+        for account, row in data["totals"].items():
+            self._add(account, Totals(*row))
         self._books = {
-            (replica, incarnation): _Book(seq, {client: Totals(*row) for client, row in totals.items()})
+            (replica, incarnation): _Book(seq, {account: Totals(*row) for account, row in totals.items()})
             for replica, incarnation, seq, totals in data["books"]
         }
 

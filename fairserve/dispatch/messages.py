@@ -10,7 +10,7 @@ from fairserve.errors import Refused
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Tokens and service of one client on one replica since that replica's incarnation began.
+    """Tokens and service of one account (a client's application) on one replica since that replica's incarnation began.
 
     ``num_input`` counts every charged input token, ``num_cached`` the part of it that came from the prefix cache,
     ``num_output`` every generated token; ``service`` is their cost by the replica's cost function.
@@ -126,8 +126,8 @@ class RouterReply:
 class StepReport:
     """Replica -> actor: cumulative totals, so that loss, repeats and reordering change nothing.
 
-    ``totals`` holds the clients that changed since the last acknowledged report; ``received``, ``started`` and
-    ``finished`` name requests since the last acknowledged report. ``free_kv_tokens`` and ``free_slots`` already
+    ``totals`` holds the accounts (``fairness/accounts.py``) that changed since the last acknowledged report;
+    ``received``, ``started`` and ``finished`` name requests since then. ``free_kv_tokens`` and ``free_slots`` already
     exclude every request in ``received``, running or waiting locally.
     """
 
@@ -147,7 +147,7 @@ class StepReport:
     started: tuple[str, ...] = ()
     finished: tuple[str, ...] = ()
     is_full: bool = False
-    """``totals`` holds every client of this incarnation and ``held`` every request on the replica."""
+    """``totals`` holds every account of this incarnation and ``held`` every request on the replica."""
     held: tuple[str, ...] = ()
     clients: tuple[str, ...] = ()
     """Clients with a request on the replica: the reply carries their counters."""
@@ -168,6 +168,6 @@ class ReportReply:
     ack: int
     """The newest sequence number that has been merged."""
     counters: Mapping[str, float] = field(default_factory=dict)
-    """Counters, after the merge, of the clients that the report names."""
+    """Counters, after the merge, of the clients that the report names, and of the groups that they belong to."""
     need_full: bool = False
     """The actor does not know this incarnation (restart): send a full report."""

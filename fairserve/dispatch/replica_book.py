@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 from fairserve.dispatch.messages import NOTHING, ReportReply, StepReport, Totals
+from fairserve.fairness.accounts import account_of, client_of
 from fairserve.fairness.cost import CostFunction
 from fairserve.fairness.policy import Policy
 from fairserve.fairness.queue import FairQueue
@@ -25,6 +26,8 @@ class LocalRequest(Protocol):
     def client(self) -> str: ...
     @property
     def weight(self) -> float: ...
+    @property
+    def application(self) -> str: ...
 
 
 Request = TypeVar("Request", bound=LocalRequest)
@@ -32,20 +35,25 @@ Request = TypeVar("Request", bound=LocalRequest)
 
 @dataclass(frozen=True, slots=True)
 class BookEvents:
-    """What changed since the last take: cumulative totals of the clients charged, and request ids by event."""
+    """What changed since the last take: cumulative totals of the accounts charged, and request ids by event."""
 
     totals: Mapping[str, Totals]
+    service: Mapping[str, float]
+    """Cumulative service of the clients charged."""
     received: tuple[str, ...]
     started: tuple[str, ...]
     finished: tuple[str, ...]
     weights: Mapping[str, float]
     clients: tuple[str, ...]
     """Every client with a request on the replica."""
+    outputs: Mapping[str, int]
+    """See ``StepReport.outputs``."""
 
 
 @dataclass(slots=True)
 class _Open:
     client: str
+    account: str
     num_input: int = 0
     num_cached: int = 0
     num_output: int = 0
@@ -56,19 +64,30 @@ class LocalBook(Generic[Request]):
     """Orders the replica's waiting requests by the cluster's policy and counters, and charges what is served.
 
     A counter here is the authority's newest answer plus what was charged here since the report it answered: the
-    replica stays fair by itself while the authority cannot be reached.
+    replica stays fair by itself while the authority cannot be reached. ``tracks_outputs``: reports tell how far each
+    request is, for an authority that predicts.
     """
 
-    def __init__(self, policy: Policy, cost: CostFunction) -> None:
-        self._queue: FairQueue[Request] = FairQueue(policy)
+    def __init__(
+        self,
+        policy: Policy,
+        cost: CostFunction,
+        *,
+        group_weights: Mapping[str, float] | None = None,
+        tracks_outputs: bool = False,
+    ) -> None:
+        self._queue: FairQueue[Request] = FairQueue(policy, group_weights)
         self._cost = cost
+        self._tracks_outputs = tracks_outputs
         self._open: dict[str, _Open] = {}
         self._num_open: dict[str, int] = {}
         self._totals: dict[str, Totals] = {}
+        self._service: dict[str, float] = {}
         self._changed: set[str] = set()
         self._received: list[str] = []
         self._started: list[str] = []
         self._finished: list[str] = []
+        self._outputs: dict[str, int] = {}
         self._num_arrived = 0
         self._num_returned = 0
 
@@ -76,7 +95,7 @@ class LocalBook(Generic[Request]):
 
     def push(self, request: Request) -> None:
         self._num_arrived += 1
-        self._queue.table.register(request.client, request.weight)
+        self._queue.register(request.client, request.weight)
         self._queue.arrive(request.client, request.request_id, request, self._num_arrived)
 
     def push_front(self, request: Request) -> None:
@@ -95,6 +114,12 @@ class LocalBook(Generic[Request]):
     def counter(self, client: str) -> float:
         return self._queue.counter(client)
 
+    def standing(self, client: str) -> tuple[float, ...]:
+        return self._queue.standing(client)
+
+    def lead(self, ahead: str, behind: str) -> float:
+        return self._queue.lead(ahead, behind)
+
     def __len__(self) -> int:
         return len(self._queue)
 
@@ -102,7 +127,8 @@ class LocalBook(Generic[Request]):
 
     def received(self, request: Request) -> None:
         assert request.request_id not in self._open, f"{request.request_id} is here already"
-        self._open[request.request_id] = _Open(request.client)
+        account = account_of(request.client, request.application)
+        self._open[request.request_id] = _Open(request.client, account)
         self._num_open[request.client] = self._num_open.get(request.client, 0) + 1
         self._received.append(request.request_id)
 
@@ -113,7 +139,10 @@ class LocalBook(Generic[Request]):
         self._charge(entry, num_input, num_cached, 0)
 
     def output(self, request_id: str, num_tokens: int) -> None:
-        self._charge(self._open[request_id], 0, 0, num_tokens)
+        entry = self._open[request_id]
+        self._charge(entry, 0, 0, num_tokens)
+        if self._tracks_outputs:
+            self._outputs[request_id] = entry.num_output
 
     def is_unserved(self, request_id: str) -> bool:
         """The request waits here and was charged nothing yet."""
@@ -125,7 +154,10 @@ class LocalBook(Generic[Request]):
         assert entry.num_input >= entry.num_cached
 
     def finished(self, request_id: str) -> None:
-        client = self._open.pop(request_id).client
+        entry = self._open.pop(request_id)
+        client = entry.client
+        if entry.num_input:
+            self._outputs[request_id] = entry.num_output
         self._num_open[client] -= 1
         if not self._num_open[client]:
             del self._num_open[client]
@@ -138,32 +170,40 @@ class LocalBook(Generic[Request]):
         service = self._cost.service(entry.num_input, entry.num_output, entry.num_cached)
         step = Totals(num_input, num_cached, num_output, service - entry.service)
         entry.service = service
-        self._totals[entry.client] = self._totals.get(entry.client, NOTHING) + step
-        self._changed.add(entry.client)
-        self._queue.charge(entry.client, step.service)
+        client, account = entry.client, entry.account
+        self._totals[account] = self._totals.get(account, NOTHING) + step
+        self._service[client] = self._service.get(client, 0.0) + step.service
+        self._changed.add(account)
+        self._queue.charge(client, step.service)
 
     # -- exchange with the reporter -----------------------------------------------------------------------------------
 
     def take_events(self) -> BookEvents:
         """What changed since the last call."""
+        clients = {client_of(account) for account in self._changed}
         events = BookEvents(
-            {client: self._totals[client] for client in self._changed},
-            tuple(self._received),
-            tuple(self._started),
-            tuple(self._finished),
-            {client: self._queue.table.weight(client) for client in self._changed},
-            tuple(self._num_open),
+            totals={account: self._totals[account] for account in self._changed},
+            service={client: self._service[client] for client in clients},
+            received=tuple(self._received),
+            started=tuple(self._started),
+            finished=tuple(self._finished),
+            weights={client: self._queue.table.weight(client) for client in clients},
+            clients=tuple(self._num_open),
+            outputs=self._outputs,
         )
-        self._changed = set()
+        self._changed, self._outputs = set(), {}
         self._received, self._started, self._finished = [], [], []
         return events
 
     def apply_counters(self, counters: Mapping[str, float], reported: Mapping[str, float]) -> None:
-        """The authority's counters, as of a report that carried ``reported`` service per client; what was charged here
-        since is put on top."""
-        for client, counter in counters.items():
-            since = self._totals.get(client, NOTHING).service - reported.get(client, 0.0)
-            self._queue.set_counter(client, counter + since / self._queue.table.weight(client))
+        """The authority's counters of clients and groups, as of a report that carried ``reported`` service per client;
+        what was charged here since is put on top."""
+        for node, counter in counters.items():
+            self._queue.set_counter(node, counter)
+        for client, service in reported.items():
+            since = self._service.get(client, 0.0) - service
+            if since and client in counters:
+                self._queue.charge(client, since)
 
     @property
     def held(self) -> tuple[str, ...]:
@@ -178,20 +218,22 @@ class LocalBook(Generic[Request]):
 class _Unacknowledged:
     """What the authority may not have seen yet."""
 
-    clients: set[str] = field(default_factory=set)
+    accounts: set[str] = field(default_factory=set)
     received: list[str] = field(default_factory=list)
     started: list[str] = field(default_factory=list)
     finished: list[str] = field(default_factory=list)
+    outputs: dict[str, int] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.clients or self.received or self.started or self.finished)
+        return bool(self.accounts or self.received or self.started or self.finished)
 
     def before(self, later: _Unacknowledged) -> _Unacknowledged:
         return _Unacknowledged(
-            self.clients | later.clients,
+            self.accounts | later.accounts,
             self.received + later.received,
             self.started + later.started,
             self.finished + later.finished,
+            self.outputs | later.outputs,
         )
 
 
@@ -206,6 +248,7 @@ class Reporter:
         """The authority's epoch, 0 before its first reply."""
         self._full_due = False
         self._totals: dict[str, Totals] = {}
+        self._service: dict[str, float] = {}
         self._weights: dict[str, float] = {}
         self._held: dict[str, None] = {}
         self._clients: tuple[str, ...] = ()
@@ -216,10 +259,17 @@ class Reporter:
 
     def add(self, events: BookEvents) -> None:
         self._totals.update(events.totals)
+        self._service.update(events.service)
         self._weights.update(events.weights)
         self._clients = events.clients
         self._new = self._new.before(
-            _Unacknowledged(set(events.totals), list(events.received), list(events.started), list(events.finished))
+            _Unacknowledged(
+                set(events.totals),
+                list(events.received),
+                list(events.started),
+                list(events.finished),
+                dict(events.outputs),
+            )
         )
         self._held.update(dict.fromkeys(events.received))
         for request_id in events.finished:
@@ -231,8 +281,8 @@ class Reporter:
 
     @property
     def unmerged(self) -> int:
-        """Clients whose newest charges the authority has not acknowledged."""
-        return len(self._new.clients | (self._in_flight.clients if self._in_flight else set()))
+        """Accounts whose newest charges the authority has not acknowledged."""
+        return len(self._new.accounts | (self._in_flight.accounts if self._in_flight else set()))
 
     def compose(
         self,
@@ -249,8 +299,9 @@ class Reporter:
             self._new = self._in_flight.before(self._new)
         self._in_flight, self._new = self._new, _Unacknowledged()
         self._seq += 1
-        sent = set(self._totals) if self._full_due else self._in_flight.clients
-        self._reported = {client: self._totals.get(client, NOTHING).service for client in {*sent, *self._clients}}
+        sent = set(self._totals) if self._full_due else self._in_flight.accounts
+        clients = {client_of(account) for account in sent}
+        self._reported = {client: self._service.get(client, 0.0) for client in {*clients, *self._clients}}
         return StepReport(
             replica=self._replica,
             incarnation=self._incarnation,
@@ -260,7 +311,7 @@ class Reporter:
             free_slots=free_slots,
             kv_capacity_tokens=kv_capacity_tokens,
             max_slots=max_slots,
-            totals={client: self._totals[client] for client in sent},
+            totals={account: self._totals[account] for account in sent},
             received=tuple(self._in_flight.received),
             started=tuple(self._in_flight.started),
             finished=tuple(self._in_flight.finished),
@@ -269,7 +320,8 @@ class Reporter:
             clients=self._clients,
             num_running=num_running,
             num_waiting=num_waiting,
-            weights={client: self._weights.get(client, 1.0) for client in sent},
+            weights={client: self._weights.get(client, 1.0) for client in clients},
+            outputs=self._in_flight.outputs,
         )
 
     def replied(self, reply: ReportReply) -> dict[str, float] | None:

@@ -5,12 +5,14 @@ iteration-level scheduling, OSDI 2022; Sarathi-Serve's chunked prefill, OSDI 202
 and KV room for its whole prompt exist; the first that does not fit ends admission, because passing over it would let
 others overtake the least served client for as long as they are small (VTC, OSDI 2024, needs work conservation in
 the order of the counters). When a decode finds no block, the youngest request of the most served client is preempted:
-its blocks are freed and its tokens recomputed later, without a second charge.
+its blocks are freed and its tokens recomputed later, without a second charge. With ``preempt_gap`` the same happens
+when the request that goes next finds no room, and the most served running client is ahead of its client by more than
+that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from fairserve.engine.hooks import Account, WaitingQueue
@@ -31,6 +33,8 @@ class Sequence:
     num_input_computed: int = 0
     """Prompt tokens ever computed; what an abort cannot refund."""
     num_refunded: int = 0
+    num_cached: int = 0
+    """Prompt tokens that came from the prefix cache."""
 
     @property
     def num_tokens(self) -> int:
@@ -43,7 +47,7 @@ class Sequence:
 
     @property
     def usage(self) -> Usage:
-        return Usage(self.request.num_input - self.num_refunded, 0, len(self.output))
+        return Usage(self.request.num_input - self.num_refunded, self.num_cached, len(self.output))
 
     def tokens(self, start: int, end: int) -> tuple[int, ...]:
         """Prompt and output tokens at positions [start, end)."""
@@ -98,7 +102,11 @@ class Batcher:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
+        preempt_gap: float | None = None,
+        cached_tokens: Callable[[GenerateRequest], int] | None = None,
     ) -> None:
+        """``preempt_gap``: service / weight; None: never preempt for fairness. ``cached_tokens``: leading prompt tokens
+        that need not be computed, asked when a request starts."""
         assert max_model_len <= kv.capacity_tokens, "a lone request must always fit: else it could wait for ever"
         self._kv = kv
         self._queue = queue
@@ -107,6 +115,8 @@ class Batcher:
         # All decodes go first; with fewer tokens than slots some of them would starve.
         self._budget = max(max_num_batched_tokens, max_num_seqs)
         self._max_model_len = max_model_len
+        self._preempt_gap = preempt_gap
+        self._cached_tokens = cached_tokens
         self._running: dict[str, Sequence] = {}
         self._preempted: dict[str, Sequence] = {}
         self._num_started = 0
@@ -131,6 +141,10 @@ class Batcher:
     def plan(self) -> StepPlan:
         """What to compute next; takes the blocks for it, admits, and preempts where it must."""
         num_preempted = self._make_room_for_decodes()
+        # Blocks just taken from a victim are not for newcomers: the next decode would take them back.
+        admits = not num_preempted
+        if admits:
+            num_preempted = self._give_way()
         decodes = [s for s in self._running.values() if s.num_pending == 1 and s.num_computed > 0]
         prefills = [s for s in self._running.values() if not (s.num_pending == 1 and s.num_computed > 0)]
         budget = self._budget - len(decodes)
@@ -140,8 +154,7 @@ class Batcher:
                 break
             chunks.append(self._chunk(sequence, budget))
             budget -= len(chunks[-1].token_ids)
-        # Blocks just taken from a victim are not for newcomers: the next decode would take them back.
-        while budget > 0 and not num_preempted and (admitted := self._admit()) is not None:
+        while admits and budget > 0 and (admitted := self._admit()) is not None:
             chunks.append(self._chunk(admitted, budget))
             budget -= len(chunks[-1].token_ids)
         return StepPlan(tuple(self._chunk(s, 1) for s in decodes), tuple(chunks), num_preempted)
@@ -218,35 +231,72 @@ class Batcher:
 
     def _victim(self) -> Sequence:
         """The youngest running request of the most served client among those running."""
-        return max(self._running.values(), key=lambda s: (self._queue.counter(s.request.client), s.age))
+        return max(self._running.values(), key=self._claim)
+
+    def _claim(self, sequence: Sequence) -> tuple[tuple[float, ...], int]:
+        """The greatest gives way first."""
+        return self._queue.standing(sequence.request.client), sequence.age
+
+    def _give_way(self) -> int:
+        """Where the request that goes next finds no room, and would find it without requests of clients more than
+        ``preempt_gap`` ahead of its own: preempt those, the most served client's youngest first, and start it."""
+        head = self._queue.peek()
+        if self._preempt_gap is None or head is None or self._fits(head):
+            return 0
+        gap, lead = self._preempt_gap, self._queue.lead
+        ahead = (s for s in self._running.values() if lead(s.request.client, head.client) > gap)
+        victims: list[Sequence] = []
+        for sequence in sorted(ahead, key=self._claim, reverse=True):
+            victims.append(sequence)
+            if self._fits(head, victims):
+                break
+        else:
+            return 0  # nobody gives way for nothing
+        for victim in victims:
+            self._stop(victim)
+        self._admit()  # before they come back: where the policy does not go by counters, they might stand first
+        for victim in victims:
+            self._queue.push_front(victim.request)
+        return len(victims)
+
+    def _fits(self, request: GenerateRequest, without: Collection[Sequence] = ()) -> bool:
+        """There is a slot, and room for all that is known of it, once ``without`` are gone."""
+        back = self._preempted.get(request.request_id)
+        num_tokens = request.num_input if back is None else back.num_tokens
+        num_blocks = self._kv.num_free + sum(self._kv.num_held(s.request.request_id) for s in without)
+        num_slots = self._max_num_seqs - len(self._running) + len(without)
+        return num_slots > 0 and self._kv.blocks_for(num_tokens) <= num_blocks
 
     def _preempt(self, sequence: Sequence) -> None:
+        self._stop(sequence)
+        self._queue.push_front(sequence.request)
+
+    def _stop(self, sequence: Sequence) -> None:
         request_id = sequence.request.request_id
         del self._running[request_id]
         self._kv.free(request_id)
         sequence.num_computed = 0
         self._preempted[request_id] = sequence
-        self._queue.push_front(sequence.request)
 
     def _admit(self) -> Sequence | None:
         """Start the request that goes next, or None: no request, no slot, or no room for it."""
         request = self._queue.peek()
-        if request is None or len(self._running) >= self._max_num_seqs:
-            return None
-        back = self._preempted.get(request.request_id)
-        num_tokens = request.num_input if back is None else back.num_tokens
-        if not self._kv.can_hold(request.request_id, num_tokens):
+        if request is None or not self._fits(request):
             return None
         popped = self._queue.pop()
         assert popped.request_id == request.request_id, "the queue popped another request than it named"
-        if back is None:
-            self._num_started += 1
-            sequence = Sequence(request, age=self._num_started)
-            self._account.started(request.request_id, request.num_input, 0)
-        else:
-            sequence = self._preempted.pop(request.request_id)
-        self._kv.take(request.request_id, num_tokens, self.max_tokens(request))
+        sequence = self._preempted.pop(request.request_id, None) or self._start(request)
+        self._kv.take(request.request_id, sequence.num_tokens, self.max_tokens(request))
         self._running[request.request_id] = sequence
+        return sequence
+
+    def _start(self, request: GenerateRequest) -> Sequence:
+        self._num_started += 1
+        sequence = Sequence(request, age=self._num_started)
+        if self._cached_tokens is not None:  # the last token is computed all the same: its row is sampled
+            sequence.num_cached = min(self._cached_tokens(request), request.num_input - 1)
+            sequence.num_computed = sequence.num_input_computed = sequence.num_cached
+        self._account.started(request.request_id, request.num_input, sequence.num_cached)
         return sequence
 
     def _chunk(self, sequence: Sequence, budget: int) -> Chunk:

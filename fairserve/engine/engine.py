@@ -288,6 +288,7 @@ def build_engine(
     config: EngineConfig,
     *,
     reserve_output_tokens: int | None,
+    preempt_gap: float | None = None,
     queue: WaitingQueue,
     account: Account,
     num_threads: int | None,
@@ -303,7 +304,13 @@ def build_engine(
         torch.set_num_threads(num_threads)
     loaded = load_model(model, config)
     return make_engine(
-        loaded, config, reserve_output_tokens=reserve_output_tokens, queue=queue, account=account, clock=clock
+        loaded,
+        config,
+        reserve_output_tokens=reserve_output_tokens,
+        preempt_gap=preempt_gap,
+        queue=queue,
+        account=account,
+        clock=clock,
     )
 
 
@@ -312,6 +319,7 @@ def make_engine(
     config: EngineConfig,
     *,
     reserve_output_tokens: int | None,
+    preempt_gap: float | None = None,
     queue: WaitingQueue,
     account: Account,
     clock: Clock,
@@ -341,6 +349,7 @@ def make_engine(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=max_model_len,
+        preempt_gap=preempt_gap,
     )
     return Engine(
         batcher,

@@ -34,8 +34,13 @@ class WaitingQueue(Protocol):
         """Take out one request wherever it stands; None when it does not wait here."""
         ...
 
-    def counter(self, client: str) -> float:
-        """The client's virtual counter as known here; the most served client's youngest request is preempted first."""
+    def standing(self, client: str) -> tuple[float, ...]:
+        """What the client has had, as known here: of two clients the greater has had more. The most served client's
+        youngest request is preempted first."""
+        ...
+
+    def lead(self, ahead: str, behind: str) -> float:
+        """Service / weight by which the first client is ahead of the second."""
         ...
 
     def __len__(self) -> int: ...

@@ -6,6 +6,8 @@ import heapq
 from collections.abc import Iterator
 from typing import Generic, TypeVar
 
+from fairserve.fairness.heaps import in_order
+
 Item = TypeVar("Item")
 
 
@@ -19,8 +21,6 @@ class Backlog(Generic[Item]):
         self._waiting: dict[str, int] = {}
         self._items: dict[str, tuple[str, int, Item]] = {}
         self._num_pushed = 0
-        self.last_to_leave: str | None = None
-        """The client whose last waiting request left most recently."""
 
     def __len__(self) -> int:
         return len(self._items)
@@ -57,6 +57,11 @@ class Backlog(Generic[Item]):
         place, _, request_id = queue[0]
         return place, self._items[request_id][2]
 
+    def first_of(self, client: str) -> Iterator[Item]:
+        """The client's requests in order; the queue must not change meanwhile."""
+        for _, _, request_id in in_order(self._queues.get(client, []), self._is_live):
+            yield self._items[request_id][2]
+
     def pop(self, client: str) -> Item:
         """Take out the client's first request. The client must wait."""
         self.head(client)
@@ -80,7 +85,6 @@ class Backlog(Generic[Item]):
         self._waiting[client] -= 1
         if not self._waiting[client]:
             del self._waiting[client], self._queues[client]
-            self.last_to_leave = client
         elif len(self._queues[client]) > 2 * self._waiting[client] + 64:
             self._queues[client] = [entry for entry in self._queues[client] if self._is_live(entry)]
             heapq.heapify(self._queues[client])

@@ -1,9 +1,11 @@
-"""The schedulers that VTC is compared with (arXiv 2401.00588, section 5.1): FCFS, LCF and RPM."""
+"""The schedulers that VTC is compared with (arXiv 2401.00588, section 5.1), and one that is blind to cost."""
 
 from __future__ import annotations
 
 from collections import deque
 
+from fairserve.errors import RateLimited, Refused
+from fairserve.fairness.policy import Order, Policy
 from fairserve.fairness.vtc import Vtc
 from fairserve.fairness.waiting import WaitingClients
 
@@ -19,22 +21,27 @@ class Lcf(Vtc):
         return None
 
 
-class Fcfs:
+class Fcfs(Policy):
     """First come, first served, over all clients."""
 
     name = "fcfs"
 
-    def order(self, client: str, waiting: WaitingClients) -> float:
-        return waiting.place(client)
 
-    def lift(self, client: str, waiting: WaitingClients) -> float | None:
-        return None
+class RoundRobin(Policy):
+    """One request of each client in turn, whatever it costs. A client that was away goes next, once."""
 
-    def retry_after_s(self, client: str, now_s: float) -> float | None:
-        return None
+    name = "round_robin"
 
-    def accepted(self, client: str, now_s: float) -> None:
-        pass
+    def __init__(self) -> None:
+        self._turn: dict[str, int] = {}
+        self._num_turns = 0
+
+    def order(self, client: str, waiting: WaitingClients) -> Order:
+        return self._turn.get(client, 0)
+
+    def picked(self, client: str) -> None:
+        self._num_turns += 1
+        self._turn[client] = self._num_turns
 
 
 class Rpm(Fcfs):
@@ -48,12 +55,13 @@ class Rpm(Fcfs):
         self.limit = limit
         self._accepted_s: dict[str, deque[float]] = {}
 
-    def retry_after_s(self, client: str, now_s: float) -> float | None:
+    def refuse(self, client: str, now_s: float) -> Refused | None:
         recent = self._accepted_s.get(client, ())
         in_window = [t for t in recent if t > now_s - WINDOW_S]
         if len(in_window) < self.limit:
             return None
-        return in_window[-self.limit] + WINDOW_S - now_s
+        wait_s = in_window[-self.limit] + WINDOW_S - now_s
+        return RateLimited(client, self.limit, max(wait_s, 1.0))
 
     def accepted(self, client: str, now_s: float) -> None:
         recent = self._accepted_s.setdefault(client, deque(maxlen=self.limit))

@@ -13,7 +13,7 @@ from typing import Protocol
 class CostFunction(Protocol):
     """h: the service that a request has received; monotone in every argument, and h of no tokens is small."""
 
-    def service(self, num_input: int, num_output: int, num_cached: int = 0) -> float:
+    def service(self, num_input: int, num_output: float, num_cached: int = 0) -> float:
         """Service of ``num_input`` prompt tokens (``num_cached`` of them from the prefix cache) and ``num_output``
         generated tokens."""
         ...
@@ -27,7 +27,7 @@ class WeightedTokens:
     output_weight: float = 2.0
     cached_fraction: float = 0.0
 
-    def service(self, num_input: int, num_output: int, num_cached: int = 0) -> float:
+    def service(self, num_input: int, num_output: float, num_cached: int = 0) -> float:
         computed = num_input - num_cached * (1.0 - self.cached_fraction)
         return self.input_weight * computed + self.output_weight * num_output
 
@@ -44,7 +44,7 @@ class ProfiledQuadratic:
     e: float = 1.14601454
     cached_fraction: float = 0.0
 
-    def service(self, num_input: int, num_output: int, num_cached: int = 0) -> float:
+    def service(self, num_input: int, num_output: float, num_cached: int = 0) -> float:
         computed = num_input - num_cached * (1.0 - self.cached_fraction)
         x, y = num_input, num_output
         fixed = self.e if num_input + num_output > 0 else 0.0
@@ -57,6 +57,6 @@ class KvTokenTime:
 
     cached_fraction: float = 0.0
 
-    def service(self, num_input: int, num_output: int, num_cached: int = 0) -> float:
+    def service(self, num_input: int, num_output: float, num_cached: int = 0) -> float:
         computed = num_input - num_cached * (1.0 - self.cached_fraction)
         return computed + num_input * num_output + num_output * num_output / 2

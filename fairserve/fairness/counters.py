@@ -43,15 +43,9 @@ class CounterTable:
     def weight(self, client: str) -> float:
         return self._weight.get(client, 1.0)
 
-    def charge(self, client: str, service: float) -> float:
-        """Add ``service`` / weight and return that amount, for :meth:`give_back`."""
-        amount = service / self._weight[client]
+    def add(self, client: str, amount: float) -> None:
+        """Add service / weight; negative gives a charge back."""
         self._counter[client] += amount
-        return amount
-
-    def give_back(self, client: str, amount: float) -> None:
-        """Undo a charge by the amount that :meth:`charge` returned, whatever the weight is now."""
-        self._counter[client] -= amount
 
     def set(self, client: str, counter: float) -> None:
         """Take a counter over from elsewhere: a snapshot, or the authority's reply."""

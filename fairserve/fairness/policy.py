@@ -1,50 +1,69 @@
-"""The Policy protocol, and the policies by name.
+"""What a policy is: answers to a few questions, with first come, first served as the answer where it has none.
 
-A policy decides and touches nothing of what it is shown: it names an order among waiting clients, a lift for a client
-that becomes active, and whether a request may enter at all. :class:`~fairserve.fairness.queue.FairQueue` carries the
-decisions out.
+A policy touches nothing of what it is shown. It names an order among siblings, a lift for one that becomes active, what
+service costs a client, and who may not enter at all. :class:`~fairserve.fairness.queue.FairQueue` and
+``dispatch/dispatcher.py`` carry the answers out, and tell a policy that keeps notes (turns, rates) what happened.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from fairserve.errors import ConfigError
-from fairserve.fairness.baselines import Fcfs, Lcf, Rpm
-from fairserve.fairness.vtc import Vtc
+from fairserve.errors import Refused
 from fairserve.fairness.waiting import WaitingClients
 
+Order = Any
+"""A float or a tuple of floats; of one kind within a policy."""
 
-class Policy(Protocol):
-    name: str
 
-    def order(self, client: str, waiting: WaitingClients) -> float:
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A replica that could take a request now."""
+
+    replica: str
+    num_matched: int
+    """Leading prompt tokens that its prefix cache is believed to hold."""
+    num_requests: int
+    """Requests running or waiting there."""
+
+
+class Policy:
+    name = ""
+    window = 1
+    """How many clients of equal order the dispatcher may choose among by cached prefix; 1 keeps the strict order."""
+
+    def order(self, client: str, waiting: WaitingClients) -> Order:
         """The client with the least value goes next; equal values go by the client's name."""
-        ...
+        return waiting.place(client)
 
     def lift(self, client: str, waiting: WaitingClients) -> float | None:
         """What the counter of a client without waiting requests is lifted to when one arrives; None for no lift."""
-        ...
+        return None
 
-    def retry_after_s(self, client: str, now_s: float) -> float | None:
-        """Seconds until the client may try again, or None when its request may enter now."""
-        ...
+    def price(self, client: str, application: str) -> float:
+        """Counter units (before the weight) that a unit of service costs."""
+        return 1.0
+
+    def choose_replica(self, client: str, places: Sequence[Place]) -> str | None:
+        """One of ``places``, which are never empty; None leaves it to free KV room."""
+        return None
+
+    def refuse(self, client: str, now_s: float) -> Refused | None:
+        """Why a new request may not enter now, or None."""
+        return None
+
+    # -- what happened ------------------------------------------------------------------------------------------------
 
     def accepted(self, client: str, now_s: float) -> None:
-        """The request entered: for policies that count requests."""
-        ...
+        """A new request entered."""
 
+    def picked(self, client: str) -> None:
+        """A request of the client (or group) was picked to run."""
 
-POLICIES: dict[str, Callable[..., Policy]] = {"vtc": Vtc, "fcfs": Fcfs, "lcf": Lcf, "rpm": Rpm}
+    def placed(self, client: str, replica: str, service: float) -> None:
+        """A request was granted to ``replica``, its input worth ``service``."""
 
-
-def make_policy(name: str, rpm_limit: int = 60) -> Policy:
-    """The policy of that name.
-
-    Raises:
-        ConfigError: for an unknown name; the message lists the known ones.
-    """
-    if name not in POLICIES:
-        raise ConfigError(f"unknown policy {name!r}: known are {', '.join(sorted(POLICIES))}")
-    return POLICIES[name](rpm_limit) if name == "rpm" else POLICIES[name]()
+    def finished(self, client: str, application: str, replica: str, input_service: float, service: float) -> None:
+        """A request ended, having received ``service`` in all, ``input_service`` of it for its input."""

@@ -4,27 +4,110 @@ queue are each one of these."""
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Generic, TypeVar
 
 from fairserve.fairness.backlog import Backlog
 from fairserve.fairness.counters import CounterTable
-from fairserve.fairness.policy import Policy
+from fairserve.fairness.heaps import in_order
+from fairserve.fairness.hierarchy import TOP, group_of, is_group, path_of
+from fairserve.fairness.policy import Order, Policy
 
 Item = TypeVar("Item")
+Amounts = tuple[float, ...]
+"""One number per node of a client's path, from the top down."""
+
+
+class Siblings:
+    """The members of one group, and which of them wait: what a policy is shown.
+
+    The order is a heap of (order, member) with stale entries skipped: a member's newest entry counts.
+    """
+
+    def __init__(self, queue: FairQueue[Item]) -> None:
+        self._queue = queue
+        self._heap: list[tuple[Order, str]] = []
+        self.orders: dict[str, Order] = {}
+        """Of the members that wait."""
+        self._last_to_leave: str | None = None
+
+    def counter(self, client: str) -> float:
+        return self._queue.table.counter(client)
+
+    def place(self, client: str) -> float:
+        return self._queue.place(client)
+
+    def is_under_way(self, client: str) -> bool:
+        return self._queue.is_under_way(client)
+
+    @property
+    def last_to_leave(self) -> str | None:
+        return self._last_to_leave
+
+    def least_served(self) -> str | None:
+        while self._heap:
+            order, member = self._heap[0]
+            if self._is_live((order, member)):
+                return member
+            heapq.heappop(self._heap)
+        return None
+
+    def equals_of_first(self) -> Iterator[str]:
+        """The waiting members whose order equals the first's, by name."""
+        first = self.least_served()
+        if first is None:
+            return
+        seen = ""
+        for order, member in in_order(self._heap, self._is_live):
+            if order != self.orders[first]:
+                return
+            if member != seen:  # an order that came back to an older value stands in the heap twice
+                seen = member
+                yield member
+
+    # Written by the FairQueue only.
+
+    def waits(self, member: str, order: Order) -> None:
+        if member in self.orders and self.orders[member] == order:
+            return
+        self.orders[member] = order
+        heapq.heappush(self._heap, (order, member))
+        if len(self._heap) > 4 * len(self.orders) + 64:
+            self._heap = [(order, member) for member, order in self.orders.items()]
+            heapq.heapify(self._heap)
+
+    def leaves(self, member: str) -> None:
+        if self.orders.pop(member, None) is not None:
+            self._last_to_leave = member
+
+    def restore_last_to_leave(self, member: str | None) -> None:
+        self._last_to_leave = member
+
+    def _is_live(self, entry: tuple[Order, str]) -> bool:
+        order, member = entry
+        return member in self.orders and self.orders[member] == order
+
+    def check(self) -> None:
+        first = self.least_served()
+        if first is not None:
+            assert (self.orders[first], first) == min((order, name) for name, order in self.orders.items())
 
 
 class FairQueue(Generic[Item]):
-    """Waiting requests in the policy's order. Every operation costs O(log n) in clients and waiting requests.
+    """Waiting requests in the policy's order. Every operation costs O(log n) in clients and waiting requests for each
+    level of the hierarchy; a flat system has one level.
 
-    The order is a heap of (order, client) with stale entries skipped: a client's newest entry counts.
+    ``group_weights``: weight of ``acme`` among organisations, of ``acme/research`` among acme's teams; 1 by default.
     """
 
-    def __init__(self, policy: Policy, table: CounterTable | None = None) -> None:
+    def __init__(self, policy: Policy, group_weights: Mapping[str, float] | None = None) -> None:
         self.policy = policy
-        self.table = table if table is not None else CounterTable()
+        self.table = CounterTable()
+        self._group_weights = dict(group_weights or {})
         self._backlog: Backlog[Item] = Backlog()
-        self._heap: list[tuple[float, str]] = []
-        self._order: dict[str, float] = {}
+        self._groups: dict[str, Siblings] = {TOP: Siblings(self)}
+        self._under_way: set[str] = set()
 
     # -- questions ------------------------------------------------------------------------------------------------
 
@@ -40,46 +123,105 @@ class FairQueue(Generic[Item]):
         return self._backlog
 
     @property
-    def last_to_leave(self) -> str | None:
-        return self._backlog.last_to_leave
+    def groups(self) -> Mapping[str, Siblings]:
+        """By name; the top is "". To look at."""
+        return self._groups
 
-    def counter(self, client: str) -> float:
-        return self.table.counter(client)
+    def counter(self, node: str) -> float:
+        """Of a client or a group."""
+        return self.table.counter(node)
 
-    def place(self, client: str) -> float:
-        return self._backlog.head(client)[0]
+    def standing(self, client: str) -> Amounts:
+        """The counters along the client's path: clients compare like these, from the top down."""
+        return tuple(self.table.counter(node) for node in path_of(client))
 
-    def is_waiting(self, client: str) -> bool:
-        return self._backlog.num_waiting(client) > 0
+    def lead(self, ahead: str, behind: str) -> float:
+        """How much more the first client has had than the second: the difference of counters where their paths part;
+        0 for one and the same."""
+        for one, other in zip(path_of(ahead), path_of(behind), strict=False):
+            if one != other:
+                return self.table.counter(one) - self.table.counter(other)
+        return 0.0
+
+    def rates(self, client: str, price: float = 1.0) -> Amounts:
+        """What one unit of service adds to each counter along the path."""
+        return tuple(price / self.table.weight(node) for node in path_of(client))
+
+    def place(self, node: str) -> float:
+        """Place of the first waiting request of a client, or of whoever goes next in a group."""
+        while is_group(node):
+            first = self._groups[node].least_served()
+            assert first is not None, f"nobody waits in {node}"
+            node = first
+        return self._backlog.head(node)[0]
+
+    def is_waiting(self, node: str) -> bool:
+        if is_group(node):
+            return node in self._groups and bool(self._groups[node].orders)
+        return self._backlog.num_waiting(node) > 0
+
+    def is_under_way(self, client: str) -> bool:
+        return client in self._under_way
+
+    def level(self, group: str = TOP) -> float:
+        """Where a member of the group that becomes active now is lifted to under VTC: 0 before the first."""
+        siblings = self._groups.get(group)
+        reference = siblings and (siblings.least_served() or siblings.last_to_leave)
+        return self.table.counter(reference) if reference else 0.0
 
     def least_served(self) -> str | None:
         """The waiting client that goes next, or None."""
-        while self._heap:
-            order, client = self._heap[0]
-            if self._order.get(client) == order:
-                return client
-            heapq.heappop(self._heap)
-        return None
+        node = self._groups[TOP].least_served()
+        while node is not None and is_group(node):
+            node = self._groups[node].least_served()
+        return node
 
     def peek(self) -> Item | None:
         """The request that goes next, or None."""
         client = self.least_served()
         return None if client is None else self._backlog.head(client)[1]
 
+    def front(self, num_clients: int, num_requests: int) -> list[Item]:
+        """The first ``num_requests`` of each of at most ``num_clients`` clients that have an equal claim to go next;
+        the first entry is :meth:`peek`'s."""
+        clients = islice(self._equals(TOP), num_clients)
+        return [item for client in clients for item in islice(self._backlog.first_of(client), num_requests)]
+
+    def _equals(self, group: str) -> Iterator[str]:
+        for member in self._groups[group].equals_of_first():
+            if is_group(member):
+                yield from self._equals(member)
+            else:
+                yield member
+
     # -- events ---------------------------------------------------------------------------------------------------
 
+    def register(self, client: str, weight: float = 1.0) -> None:
+        """Make a client known, or change its weight.
+
+        Raises:
+            ValueError: when ``weight`` is not a positive, finite number.
+        """
+        for node in path_of(client):
+            if not is_group(node):
+                self.table.register(node, weight)
+            elif node not in self.table:
+                self.table.register(node, self._group_weights.get(node.removesuffix("/"), 1.0))
+                self._groups[node] = Siblings(self)
+
     def arrive(self, client: str, request_id: str, item: Item, place: float, *, lift: bool = True) -> float:
-        """A request waits at ``place`` in its client's queue. Returns by how much the counter was lifted.
+        """A request waits at ``place`` in its client's queue. Returns by how much counters were lifted, in all.
 
         ``lift`` False is for a request that was running here and comes back (a preemption): its client never left.
         """
         if client not in self.table:
-            self.table.register(client)
+            self.register(client)
         rise = 0.0
-        if lift and not self.is_waiting(client):
-            target = self.policy.lift(client, self)
-            if target is not None:
-                rise = self.table.lift(client, target)
+        for node in path_of(client):
+            if lift and not self.is_waiting(node):
+                target = self.policy.lift(node, self._groups[group_of(node)])
+                if target is not None:
+                    rise += self.table.lift(node, target)
         self._backlog.push(client, request_id, item, place)
         self._reorder(client)
         return rise
@@ -89,8 +231,21 @@ class FairQueue(Generic[Item]):
         client = self.least_served()
         assert client is not None, "pop from an empty queue"
         item = self._backlog.pop(client)
-        self._reorder(client)
+        self.picked(client)
         return item
+
+    def take(self, client: str, request_id: str) -> Item:
+        """Take out one of :meth:`front`: it was picked."""
+        item = self._backlog.remove(request_id)
+        assert item is not None, f"{request_id} does not wait"
+        self.picked(client)
+        return item
+
+    def picked(self, client: str) -> None:
+        """Tell the policy whose turn it was."""
+        for node in path_of(client):
+            self.policy.picked(node)
+        self._reorder(client)
 
     def remove(self, request_id: str) -> Item | None:
         """Take out one request wherever it stands; None when it does not wait."""
@@ -101,41 +256,46 @@ class FairQueue(Generic[Item]):
         self._reorder(client)
         return item
 
-    def charge(self, client: str, service: float) -> float:
-        amount = self.table.charge(client, service)
-        self._reorder(client)
-        return amount
-
-    def give_back(self, client: str, amount: float) -> None:
-        self.table.give_back(client, amount)
+    def charge(self, client: str, service: float, rates: Amounts | None = None) -> None:
+        """Add ``service`` (negative gives back) times ``rates`` to the counters along the path."""
+        path = path_of(client)
+        for node, rate in zip(path, self.rates(client) if rates is None else rates, strict=True):
+            self.table.add(node, service * rate)
         self._reorder(client)
 
-    def set_counter(self, client: str, counter: float) -> None:
-        self.table.set(client, counter)
+    def set_counter(self, node: str, counter: float) -> None:
+        """Of a client or a group."""
+        self.table.set(node, counter)
+        if self.is_waiting(node):
+            self._order(node)
+
+    def set_under_way(self, client: str, is_under_way: bool) -> None:
+        """The client has (no longer) an interaction that has begun and is not over."""
+        (self._under_way.add if is_under_way else self._under_way.discard)(client)
         self._reorder(client)
 
-    def restore_last_to_leave(self, client: str | None) -> None:
+    def restore_last_to_leave(self, group: str, member: str | None) -> None:
         """After a restart: the second branch of the lift needs it."""
-        self._backlog.last_to_leave = client
+        self._groups.setdefault(group, Siblings(self)).restore_last_to_leave(member)
 
     def _reorder(self, client: str) -> None:
-        if not self.is_waiting(client):
-            self._order.pop(client, None)
-            return
-        order = self.policy.order(client, self)
-        if self._order.get(client) != order:
-            self._order[client] = order
-            heapq.heappush(self._heap, (order, client))
-            if len(self._heap) > 4 * len(self._order) + 64:
-                self._heap = [(order, client) for client, order in self._order.items()]
-                heapq.heapify(self._heap)
+        for node in reversed(path_of(client)):
+            if self.is_waiting(node):
+                self._order(node)
+            elif (siblings := self._groups.get(group_of(node))) is not None:
+                siblings.leaves(node)
+
+    def _order(self, node: str) -> None:
+        siblings = self._groups[group_of(node)]
+        siblings.waits(node, self.policy.order(node, siblings))
 
     def check(self) -> None:
         self.table.check()
         self._backlog.check()
-        assert self._order.keys() == set(self._backlog.clients())
-        for client, order in self._order.items():
-            assert order == self.policy.order(client, self), client
-        first = self.least_served()
-        if first is not None:
-            assert (self._order[first], first) == min((order, name) for name, order in self._order.items())
+        waiting = {node for client in self._backlog.clients() for node in path_of(client)}
+        assert {node for siblings in self._groups.values() for node in siblings.orders} == waiting
+        for name, siblings in self._groups.items():
+            siblings.check()
+            for node, order in siblings.orders.items():
+                assert group_of(node) == name
+                assert order == self.policy.order(node, siblings), node

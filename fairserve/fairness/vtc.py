@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from fairserve.fairness.policy import Order, Policy
 from fairserve.fairness.waiting import WaitingClients
 
 
-class Vtc:
+class Vtc(Policy):
     """Least counter first; a client that becomes active is lifted, so that idling earns nothing."""
 
     name = "vtc"
 
-    def order(self, client: str, waiting: WaitingClients) -> float:
+    def order(self, client: str, waiting: WaitingClients) -> Order:
         return waiting.counter(client)
 
     def lift(self, client: str, waiting: WaitingClients) -> float | None:
@@ -18,9 +19,3 @@ class Vtc:
         counter of the client that was the last to leave the queue. The caller takes the maximum with its own."""
         reference = waiting.least_served() or waiting.last_to_leave
         return None if reference is None else waiting.counter(reference)
-
-    def retry_after_s(self, client: str, now_s: float) -> float | None:
-        return None
-
-    def accepted(self, client: str, now_s: float) -> None:
-        pass

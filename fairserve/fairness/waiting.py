@@ -6,19 +6,27 @@ from typing import Protocol
 
 
 class WaitingClients(Protocol):
-    """Clients with waiting requests, and everybody's counters: a question never changes the answer."""
+    """One group of siblings: clients, or whole organisations and teams. Those that wait, and everybody's counters.
+
+    In a flat system there is one group, of all clients. A question never changes the answer.
+    """
 
     def counter(self, client: str) -> float: ...
 
     def place(self, client: str) -> float:
-        """Place (arrival time, s) of the client's first waiting request."""
+        """Place (arrival time, s) of the first waiting request of the client or, for a group, of whoever in it goes
+        next."""
+        ...
+
+    def is_under_way(self, client: str) -> bool:
+        """The client has an interaction that has begun and is not over."""
         ...
 
     def least_served(self) -> str | None:
-        """The waiting client that goes next; None when nobody waits."""
+        """The waiting one that goes next; None when nobody waits."""
         ...
 
     @property
     def last_to_leave(self) -> str | None:
-        """The client whose last waiting request left most recently; None before the first."""
+        """The one whose last waiting request left most recently; None before the first."""
         ...

@@ -17,6 +17,7 @@ from fairserve.errors import (
     ClientQueueFull,
     ClusterQueueFull,
     FairServeError,
+    InteractionThrottled,
     InvalidRequest,
     PromptTooLong,
     RateLimited,
@@ -44,6 +45,12 @@ GOOD: dict[str, Any] = {"model": MODEL, "messages": HI}
         (RateLimited("alice", 60, float("inf")), "rate_limited", "3600", {}),
         (RateLimited("alice", 60, float("nan")), "rate_limited", "1", {}),
         (RateLimited("alice", 60, 0.0), "rate_limited", "1", {}),
+        (
+            InteractionThrottled("alice", "", 61, 50, 7.2),
+            "interaction_throttled",
+            "8",
+            {"client": "alice", "application": "", "num_recent": 61, "limit": 50},
+        ),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
@@ -64,6 +71,35 @@ async def test_a_refusal_is_429_with_the_limit_and_when_to_come_back(
     assert error["details"].items() >= numbers.items()
     assert error["details"]["retry_after_s"] == int(retry_after)
     assert str(refusal.fields["limit"]) in error["message"]
+
+
+async def test_a_throttled_interaction_says_why_whose_limit_it_was_and_when_to_come_back(
+    http: httpx.AsyncClient, backend: ScriptedBackend
+) -> None:
+    backend.script = lambda _: [InteractionThrottled("acme/ann", "chat", 61, 50, 6.5)]
+    answer = await http.post(CHAT, json=GOOD)
+    assert (answer.status_code, answer.headers["retry-after"]) == (429, "7")
+    assert answer.json() == {
+        "error": {
+            "message": "the cluster is overloaded and starts no new interaction for application 'chat' of client "
+            "'acme/ann', which sent 61 requests in the last 60 s, its limit is 50; retry in 6 s",
+            "type": "rate_limit_error",
+            "param": None,
+            "code": "interaction_throttled",
+            "details": {
+                "client": "acme/ann",
+                "application": "chat",
+                "num_recent": 61,
+                "limit": 50,
+                "retry_after_s": 7,
+            },
+        }
+    }
+
+
+def test_a_client_throttled_as_a_whole_reads_of_no_application() -> None:
+    assert "application" not in str(InteractionThrottled("ann", "", 61, 50, 7.0))
+    assert "interaction for client 'ann'," in str(InteractionThrottled("ann", "", 61, 50, 7.0))
 
 
 async def test_the_openai_package_sees_a_rate_limit_error(client: openai.AsyncOpenAI, backend: ScriptedBackend) -> None:
@@ -314,6 +350,7 @@ async def test_an_ordinary_request_logs_nothing_worse_than_debug(
         RequestTimeout(3.0),
         ReplicaFailed("gone"),
         ClientQueueFull("alice", 1, 1, 1.0),
+        InteractionThrottled("alice", "chat", 61, 50, 7.0),
     ],
     ids=lambda error: type(error).__name__,
 )

@@ -181,6 +181,58 @@ def test_the_same_key_twice_is_refused_even_as_a_hash() -> None:
         identities(ALICE, {"client": "bob", "key_sha256": sha256("sk-alice-secret")})
 
 
+# --------------------------------------------------------------------------------------------------------- paths
+
+ANN = {"client": "acme/research/ann", "key": "sk-ann-secret"}
+
+
+@pytest.mark.parametrize("name", ["ann", "acme/ann", "acme/research/ann", "/".join(["x" * 64] * 3), "a.b:c@d/e_f-g/1"])
+def test_a_client_may_be_a_path_of_up_to_three_segments(name: str) -> None:
+    assert identities({"client": name, "key": "sk-a-secret"}).identify(headers("sk-a-secret")).name == name
+
+
+@pytest.mark.parametrize(
+    "name", ["", "/", "/ann", "ann/", "acme//ann", "a/b/c/d", "a/" + "x" * 65, "a/b c", "a\\b", "ann\n"]
+)
+def test_what_is_no_path_is_no_client(name: str) -> None:
+    with pytest.raises(ValidationError, match="client"):
+        ApiKey(client=name, key="sk-a-secret")
+
+
+@pytest.mark.parametrize("above", ["acme", "acme/research"])
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_client_above_another_one_is_a_config_error_that_names_both(above: str, order: int) -> None:
+    keys = [ANN, {"client": above, "key": "sk-above-secret"}][::order]
+    with pytest.raises(ConfigError, match=rf"'{above}' stands above client 'acme/research/ann'"):
+        identities(*keys)
+
+
+def test_siblings_and_names_that_only_begin_alike_live_side_by_side() -> None:
+    names = ["acme/research/ann", "acme/research/bob", "acme/ops", "acm", "acme2", "acme/research2", "research/ann"]
+    known = identities(*({"client": name, "key": f"sk-{name}-secret"} for name in names))
+    assert [known.identify(headers(f"sk-{name}-secret")).name for name in names] == names
+
+
+def test_a_gateway_names_clients_by_path() -> None:
+    known = gatewayed(ANN, GATEWAY)
+    for name in ("acme/research/ann", "acme/research/bob", "other/zoe"):
+        assert known.identify(headers("sk-gateway-secret", ("x-client-id", name))).name == name
+
+
+@pytest.mark.parametrize(
+    ("name", "above", "below"),
+    [
+        ("acme", "acme", "acme/research/ann"),
+        ("acme/research", "acme/research", "acme/research/ann"),
+        ("gateway/ann", "gateway", "gateway/ann"),
+        ("gateway/team/ann", "gateway", "gateway/team/ann"),
+    ],
+)
+def test_a_gateway_may_not_name_a_client_above_or_below_one_with_a_key(name: str, above: str, below: str) -> None:
+    with pytest.raises(InvalidRequest, match=rf"X-Client-Id: client '{above}' stands above client '{below}'"):
+        gatewayed(ANN, GATEWAY).identify(headers("sk-gateway-secret", ("x-client-id", name)))
+
+
 # ---------------------------------------------------------------------------------------------------------- open
 
 
@@ -215,9 +267,10 @@ def gatewayed(*keys: dict[str, Any]) -> Identities:
 
 def test_a_trusted_gateway_names_a_known_client_or_a_new_one_or_none() -> None:
     known = gatewayed()
-    assert known.identify(headers("sk-gateway-secret", ("x-client-id", "alice"))) == Client("alice", 3.0, 9)
-    assert known.identify(headers("sk-gateway-secret", ("x-client-id", "carol"))) == Client("carol")
-    assert known.identify(headers("sk-gateway-secret")) == Client("gateway")
+    alice = Client("alice", 3.0, 9, is_gateway=True)
+    assert known.identify(headers("sk-gateway-secret", ("x-client-id", "alice"))) == alice
+    assert known.identify(headers("sk-gateway-secret", ("x-client-id", "carol"))) == Client("carol", is_gateway=True)
+    assert known.identify(headers("sk-gateway-secret")) == Client("gateway", is_gateway=True)
 
 
 def test_the_header_of_anybody_else_is_ignored() -> None:
@@ -252,7 +305,22 @@ def test_the_header_alone_is_no_key() -> None:
         gatewayed().identify(headers("wrong-key", ("x-client-id", "alice")))
 
 
-@pytest.mark.parametrize("names", [[""], ["a b"], ["x" * 65], ["alice, bob"], ["alice", "bob"], ["alice", "alice"]])
+@pytest.mark.parametrize(
+    "names",
+    [
+        [""],
+        ["a b"],
+        ["x" * 65],
+        ["alice, bob"],
+        ["alice", "bob"],
+        ["alice", "alice"],
+        ["/a"],
+        ["a/"],
+        ["a//b"],
+        ["a/b/c/d"],
+    ],
+    ids=str,
+)
 def test_a_header_that_names_no_single_client_is_refused(names: list[str]) -> None:
     with pytest.raises(InvalidRequest, match="X-Client-Id"):
         gatewayed().identify(headers("sk-gateway-secret", *[("x-client-id", name) for name in names]))

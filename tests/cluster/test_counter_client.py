@@ -202,7 +202,7 @@ async def test_a_grant_for_a_cancelled_wait_goes_back_and_its_charge_returns(
     task.cancel()
     await service.report(replica_report(1))  # grants it before the cancel arrives
     await asyncio.gather(task, return_exceptions=True)
-    await until(lambda: not service._dispatcher._leases)
+    await until(lambda: not service._dispatcher.leases)
     assert num_waiting(service) == 0
     assert service._dispatcher.queue.counter("ann") == 0
     service._dispatcher.check()
@@ -221,7 +221,7 @@ async def test_a_wait_cancelled_in_the_moment_of_its_grant_gives_the_grant_back(
     result = (await asyncio.gather(task, return_exceptions=True))[0]
     if is_in_time:
         assert isinstance(result, asyncio.CancelledError)
-        await until(lambda: not service._dispatcher._leases)
+        await until(lambda: not service._dispatcher.leases)
         assert service._dispatcher.queue.counter("ann") == 0
 
 

@@ -18,8 +18,8 @@ from fairserve.dispatch.replica_book import LocalBook
 from fairserve.engine.events import Limits
 from fairserve.engine.request import GenerateRequest, RequestOutput, Usage
 from fairserve.errors import ReplicaFailed
+from fairserve.fairness.catalog import make_policy
 from fairserve.fairness.cost import WeightedTokens
-from fairserve.fairness.policy import make_policy
 from tests.cluster.scripted import ScriptedLoop, Wire, until
 
 ARGS = FairServeArgs.model_validate({"counter": {"call_timeout_s": 0.2, "poll_s": 0.05, "heartbeat_s": 0.05}})
@@ -33,7 +33,7 @@ def wire() -> Wire:
 
 @pytest.fixture
 def engine() -> ScriptedLoop:
-    return ScriptedLoop(LocalBook(make_policy("vtc", 60), WeightedTokens()))
+    return ScriptedLoop(LocalBook(make_policy("vtc"), WeightedTokens()))
 
 
 @pytest.fixture

@@ -48,6 +48,7 @@ def router_of(client: ScriptedClient, *names: str) -> Any:
 
     router = FairRouter.__new__(FairRouter)
     router._client, router._random, router._by_name = client, random.Random(0), {}
+    router._prefix_block_tokens = 0
     router._lazily_constructed_replicas_updated_event = None
     router._replica_queue_len_cache = SimpleNamespace(get=lambda _: None)
     set_replicas(router, *names)
@@ -82,6 +83,17 @@ async def test_the_granted_replica_is_chosen_and_told_the_wait() -> None:
     assert chosen.replica_id.unique_id == "b"
     assert request.kwargs == {"waited_s": 0.25}
     assert client.asked[0] == Submit("r1", "ann", 3, 16)
+
+
+async def test_what_a_request_says_of_itself_travels_to_the_counter_actor_and_again_with_a_retry() -> None:
+    client = ScriptedClient(["gone", "a"])
+    router = router_of(client, "a", "gone")
+    set_replicas(router, "a")
+    labels = {"application": "chat", "interaction": "task-7", "call_index": 3}
+    await router._choose_replica_for_request(pending(GenerateRequest("r1", "ann", (1, 2, 3), **labels)))
+    assert client.asked[0] == Submit("r1", "ann", 3, 16, **labels)
+    again = client.asked[1]
+    assert (again.application, again.interaction, again.call_index) == ("chat", "task-7", 3)
 
 
 async def test_without_the_counter_actor_a_living_replica_is_chosen() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from fairserve.clock import VirtualClock
 from fairserve.dispatch.dispatcher import Dispatcher, DispatchLimits
 from fairserve.dispatch.messages import NOTHING, ReportReply, RouterCall, RouterReply, StepReport, Submit, Totals
+from fairserve.dispatch.status import status
+from fairserve.fairness.catalog import make_policy
 from fairserve.fairness.cost import CostFunction, WeightedTokens
-from fairserve.fairness.policy import make_policy
 
 
 def submit(request_id: str, client: str = "ann", num_input: int = 10, max_output: int = 20, **more: object) -> Submit:
@@ -154,7 +156,10 @@ class Desk:
 
     @property
     def num_leases(self) -> int:
-        return int(self.dispatcher.status(self.now_s)["leases"])
+        return int(self.status()["leases"])
+
+    def status(self) -> dict[str, Any]:
+        return status(self.dispatcher, self.now_s)
 
     def restart(self, *, snapshot: dict[str, object] | None) -> None:
         """The authority's next life, with a snapshot of an earlier moment or with nothing."""

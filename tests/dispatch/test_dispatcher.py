@@ -133,17 +133,17 @@ def test_a_submit_that_is_known_already_changes_nothing(desk: Desk) -> None:
     router = desk.router()
     router.call(submit("a"))
     router.call(submit("a"))
-    assert desk.dispatcher.status(desk.now_s)["waiting"] == 1
+    assert desk.status()["waiting"] == 1
     desk.replica()
     router.call(submit("a"))
-    assert (desk.dispatcher.status(desk.now_s)["waiting"], desk.counter("ann")) == (0, 10)
+    assert (desk.status()["waiting"], desk.counter("ann")) == (0, 10)
 
 
 def test_three_thousand_requests_wait_and_all_are_served(desk: Desk) -> None:
     routers = [desk.router(f"router-{i}") for i in range(3)]
     for i, router in enumerate(routers):
         router.call(*(submit(f"{i}-{j}", f"client-{j % 7}", num_input=5, max_output=5) for j in range(1_000)))
-    assert desk.dispatcher.status(desk.now_s)["waiting"] == 3_000
+    assert desk.status()["waiting"] == 3_000
     desk.check()
     replica = desk.replica(slots=100, kv=10_000)
     done: set[str] = set()
@@ -158,7 +158,7 @@ def test_three_thousand_requests_wait_and_all_are_served(desk: Desk) -> None:
             client = f"client-{int(request_id.split('-')[1]) % 7}"
             served[client] = (served.get(client, (0, 0))[0] + 5, 0)
         replica.report(received=new, started=new, finished=new, served=served)
-    assert sum(totals.num_input for totals in desk.dispatcher.ledger.clients().values()) == 5 * 3_000
+    assert sum(totals.num_input for totals in desk.dispatcher.ledger.accounts().values()) == 5 * 3_000
 
 
 # -- the lift ----------------------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def test_a_newcomer_is_lifted_and_the_lift_is_counted(desk: Desk) -> None:
     before = desk.counter("ann")
     router.call(submit("n", "new"))
     assert desk.counter("new") == before > 0
-    assert desk.dispatcher.status(desk.now_s)["lifts"] == 1
+    assert desk.status()["lifts"] == 1
 
 
 def test_a_request_that_is_sent_again_lifts_like_any_other(desk: Desk) -> None:
@@ -195,7 +195,7 @@ def test_a_client_over_its_limit_is_refused_and_told_when_to_return(make_desk: M
     assert (error.client, error.num_waiting, error.limit) == ("ann", 2, 2)  # type: ignore[attr-defined]
     assert error.retry_after_s > 0
     assert list(router.refused) == ["a2"]
-    assert desk.dispatcher.status(desk.now_s)["refused"] == 1
+    assert desk.status()["refused"] == 1
 
 
 def test_a_clients_own_limit_takes_the_place_of_the_clusters(make_desk: MakeDesk) -> None:
@@ -242,7 +242,7 @@ def test_a_retry_is_never_refused(make_desk: MakeDesk) -> None:
     router = desk.router()
     router.call(submit("a"), *(submit(f"r{i}", is_retry=True) for i in range(70)))
     assert router.refused == {}
-    assert desk.dispatcher.status(desk.now_s)["waiting"] == 71
+    assert desk.status()["waiting"] == 71
 
 
 def test_rpm_refuses_above_its_limit_and_counts_only_what_it_accepted(make_desk: MakeDesk) -> None:
@@ -263,7 +263,7 @@ def test_the_time_to_return_follows_how_fast_the_client_is_granted(make_desk: Ma
     for i in range(30):  # one grant every 4 s
         router.call(submit(f"a{i}"))
         desk.clock.advance(4.0)
-        done = [r for r in router.granted if r in desk.dispatcher._leases]
+        done = [r for r in router.granted if r in desk.dispatcher.leases]
         replica.report(received=tuple(done), started=tuple(done), finished=tuple(done))
         router.poll()
     router.call(submit("x"))
@@ -298,7 +298,7 @@ def test_the_status_is_plain_and_complete(desk: Desk) -> None:
     router.call(submit("a"), submit("b", "bob", weight=2.0), *(submit(f"w{i}") for i in range(4)))
     replica.report(received=("a",), started=("a",), served={"ann": (10, 3)}, cached={"ann": 4}, free_slots=3)
     desk.clock.advance(1.5)
-    status = desk.dispatcher.status(desk.now_s)
+    status = desk.status()
     assert json.loads(json.dumps(status)) == {**status, "worst_pair": None}
     ann = status["clients"]["ann"]
     assert (ann["num_input"], ann["num_cached"], ann["num_output"], ann["service"]) == (10, 4, 3, 12.0)

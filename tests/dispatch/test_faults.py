@@ -22,7 +22,7 @@ def test_a_lease_that_nobody_confirms_lapses_charge_returned_and_place_kept(desk
     assert (list(router.granted), state(desk)) == (["first"], (10, 1, 1))
     router.granted.clear()
     desk.wait(5.1)
-    assert (desk.dispatcher.status(desk.now_s)["lapsed"], state(desk)) == (1, (0, 2, 0)), "the replica is stale by now"
+    assert (desk.status()["lapsed"], state(desk)) == (1, (0, 2, 0)), "the replica is stale by now"
     replica.report()
     router.poll()
     assert list(router.granted) == ["first"], "before the one that came after it"
@@ -49,7 +49,7 @@ def test_a_request_that_comes_back_is_no_credit_for_its_client(make_desk: MakeDe
     for i in range(40):  # bob is served while ann's grant is lost
         router.call(submit(f"b{i}", "bob", num_input=100))
         router.call(submit(f"c{i}", "bob", num_input=100))
-        done = tuple(r for r, where in router.granted.items() if where == "r1" and r in desk.dispatcher._leases)
+        done = tuple(r for r, where in router.granted.items() if where == "r1" and r in desk.dispatcher.leases)
         replica.report(received=done, started=done, finished=done, served={"bob": (100 * len(done), 0)})
         desk.wait(0.1)
     assert desk.counter("bob") > 3_000
@@ -62,7 +62,7 @@ def test_a_request_that_comes_back_is_no_credit_for_its_client(make_desk: MakeDe
 
 
 def state(desk: Desk) -> tuple[float, int, int]:
-    status = desk.dispatcher.status(desk.now_s)
+    status = desk.status()
     return desk.counter("ann"), status["waiting"], status["leases"]
 
 
@@ -242,7 +242,7 @@ def test_a_dead_routers_waiting_requests_are_dropped_and_its_running_ones_go_on(
         desk.wait(4.5)
         replica.report(free_slots=1)
     assert state(desk) == (10, 0, 1)
-    assert desk.dispatcher.status(desk.now_s)["routers"] == 0
+    assert desk.status()["routers"] == 0
     replica.report(started=("a",), finished=("a",), served={"ann": (10, 1)})
     assert state(desk) == (12, 0, 0)
 
@@ -298,7 +298,7 @@ def test_a_silent_replica_gets_nothing_more_then_counts_as_dead(desk: Desk) -> N
         router.poll()
         desk.wait(4.0)
     assert state(desk) == (18, 1, 0), "what started stays paid; what only waited there is returned"
-    assert desk.dispatcher.status(desk.now_s)["replicas"] == {}
+    assert desk.status()["replicas"] == {}
     desk.replica("r1")
     router.granted.clear()
     router.poll()
@@ -348,6 +348,7 @@ def test_nothing_is_left_behind_when_everything_is_gone(desk: Desk, loss: str) -
     else:
         router.call(cancels=("c",))
     assert state(desk)[1:] == (0, 0)
-    dispatcher = desk.dispatcher
-    assert not (dispatcher._provisional or dispatcher._owed or dispatcher._unconfirmed)
-    assert not any(dispatcher._by_replica.values())
+    watch, leases = desk.dispatcher.watch, desk.dispatcher.leases
+    assert not (watch.unserved or watch.owed or leases._unconfirmed)
+    assert not any(leases._on.values())
+    assert not leases._of

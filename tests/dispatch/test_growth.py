@@ -43,13 +43,13 @@ def crowd(make_desk: MakeDesk, num_clients: int) -> tuple[Desk, CountingVtc]:
 def questions_per_pick(make_desk: MakeDesk, num_clients: int) -> tuple[float, float, int]:
     desk, policy = crowd(make_desk, num_clients)
     policy.num_order = policy.num_lift = 0
-    before = len(desk.dispatcher.queue._heap)
+    before = len(desk.dispatcher.queue.groups[""]._heap)
     replica = desk.replica(slots=500, kv=10**6)
-    granted = tuple(desk.dispatcher._leases)
+    granted = tuple(desk.dispatcher.leases)
     replica.report(received=granted, started=granted, served={f"client-{i}": (1, 1) for i in range(100)})
     num_picks = desk.dispatcher.num_granted
     assert num_picks >= 500
-    grown = len(desk.dispatcher.queue._heap) - before
+    grown = len(desk.dispatcher.queue.groups[""]._heap) - before
     return policy.num_order / num_picks, policy.num_lift / num_picks, grown
 
 
@@ -65,7 +65,7 @@ def test_stale_heap_entries_stay_in_proportion_to_the_clients_that_wait(desk: De
     router.call(*(submit(request_id, request_id) for request_id in ("ann", "bob")))
     for i in range(10_000):
         desk.dispatcher.queue.charge("ann" if i % 2 else "bob", 1.0)
-    assert len(desk.dispatcher.queue._heap) <= 4 * 2 + 65
+    assert len(desk.dispatcher.queue.groups[""]._heap) <= 4 * 2 + 65
 
 
 @pytest.mark.parametrize("num_rounds", [50])
@@ -82,12 +82,13 @@ def test_a_day_of_short_requests_leaves_nothing_per_request_behind(desk: Desk, n
         replica.report(finished=ids[6:])
         desk.wait(0.1)
         d = desk.dispatcher
-        session = d._sessions["east"]
+        session, leases, watch = d._sessions["east"], d.leases, d.watch
         sizes.append(
             (
-                *(len(x) for x in (d._leases, d._unconfirmed, d._provisional, d._owed, d.queue, d.queue._heap)),
-                *(len(x) for x in (session.requests, session.outbox, d.gaps._watched, d.gaps._lead, d._scaled_service)),
-                sum(map(len, d._by_replica.values())),
+                *(len(x) for x in (leases, leases._unconfirmed, leases._of, watch.unserved, watch.owed, watch.service)),
+                *(len(x) for x in (session.requests, session.outbox, d.gaps._watched, d.gaps._lead)),
+                *(len(x) for x in (d.queue, d.queue.groups[""]._heap)),
+                sum(map(len, leases._on.values())),
             )
         )
     assert max(sizes[1:]) == sizes[1]
@@ -102,4 +103,4 @@ def test_replicas_that_come_and_go_leave_nothing_but_their_accounts(desk: Desk) 
         replica.report(received=(f"a{i}",), started=(f"a{i}",), served={"ann": (10, 1)})
         desk.wait(21.0)
     d = desk.dispatcher
-    assert (len(d.capacity), len(d._by_replica), len(d.bounds._unmerged), len(d._sessions)) == (0, 0, 0, 0)
+    assert (len(d.capacity), len(d.leases._on), len(d.bounds._unmerged), len(d._sessions)) == (0, 0, 0, 0)

@@ -25,7 +25,7 @@ def test_a_report_adds_what_it_has_more_than_the_last() -> None:
     assert ledger.merge(report(1, ann=served(10))) == {"ann": served(10)}
     assert ledger.merge(report(2, ann=served(10, 5), bob=served(3))) == {"ann": served(0, 5), "bob": served(3)}
     assert ledger.totals("ann") == served(10, 5)
-    assert dict(ledger.clients()) == {"ann": served(10, 5), "bob": served(3)}
+    assert dict(ledger.accounts()) == {"ann": served(10, 5), "bob": served(3)}
 
 
 def test_a_lost_report_is_made_good_by_the_next() -> None:

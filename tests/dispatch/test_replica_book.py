@@ -9,8 +9,8 @@ import pytest
 
 from fairserve.dispatch.messages import ReportReply, StepReport, Totals
 from fairserve.dispatch.replica_book import BookEvents, LocalBook, Reporter
+from fairserve.fairness.catalog import make_policy
 from fairserve.fairness.cost import KvTokenTime, WeightedTokens
-from fairserve.fairness.policy import make_policy
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Here:
     request_id: str
     client: str
     weight: float = 1.0
+    application: str = ""
 
 
 @pytest.fixture
@@ -123,7 +124,7 @@ def test_events_are_taken_once_and_totals_are_cumulative(book: LocalBook) -> Non
     book.started("a", 10, 0)
     first = book.take_events()
     assert (first.received, first.started, first.weights) == (("a",), ("a",), {"ann": 3.0})
-    assert book.take_events() == BookEvents({}, (), (), (), {}, clients=("ann",))
+    assert book.take_events() == BookEvents({}, {}, (), (), (), {}, clients=("ann",), outputs={})
     book.output("a", 1)
     assert book.take_events().totals == {"ann": Totals(10, 0, 1, 12.0)}
 
@@ -132,7 +133,7 @@ def test_a_counter_is_the_authoritys_answer_plus_what_was_charged_here_since(boo
     arrive(book, Here("a", "ann", weight=2.0))
     book.pop()
     book.started("a", 10, 0)
-    reported = {client: totals.service for client, totals in book.take_events().totals.items()}
+    reported = book.take_events().service
     for _ in range(3):
         book.output("a", 1)
     book.apply_counters({"ann": 1_000.0, "eve": 7.0}, reported)
@@ -164,7 +165,9 @@ def events(
     finished: tuple[str, ...] = (),
     clients: tuple[str, ...] = (),
 ) -> BookEvents:
-    return BookEvents(totals or {}, received, started, finished, dict.fromkeys(totals or {}, 2.0), clients)
+    totals = totals or {}
+    service = {client: total.service for client, total in totals.items()}
+    return BookEvents(totals, service, received, started, finished, dict.fromkeys(totals, 2.0), clients, outputs={})
 
 
 def compose(reporter: Reporter) -> StepReport:

@@ -104,7 +104,7 @@ def test_a_call_that_was_under_way_when_the_authority_died_counts_once(desk: Des
     reply = desk.dispatcher.route(call, desk.now_s)
     assert reply.resubmit
     router.call(submit("z", is_retry=True), submit("a", is_retry=True), is_full=True)
-    assert desk.dispatcher.status(desk.now_s)["waiting"] == 2
+    assert desk.status()["waiting"] == 2
 
 
 def test_a_request_that_runs_already_is_not_granted_again_after_a_restart(
@@ -115,7 +115,7 @@ def test_a_request_that_runs_already_is_not_granted_again_after_a_restart(
     desk.restart(snapshot=snapshot(desk))
     router.call(submit("a0", is_retry=True))
     report_in_full(replica, "a0")
-    assert desk.dispatcher.status(desk.now_s)["waiting"] == 0
+    assert desk.status()["waiting"] == 0
 
 
 def test_lifts_since_the_snapshot_are_all_that_is_lost_and_the_resubmit_lifts_again(desk: Desk) -> None:
@@ -157,7 +157,7 @@ def test_without_a_snapshot_all_clients_begin_level_whatever_they_had_before(
     replica.report(served={"ann": (0, 2), "bob": (0, 3)})
     assert (desk.counter("ann"), desk.counter("bob")) == (4, 3), "from then on every token counts"
     assert desk.dispatcher.ledger.totals("ann").num_output == 5_047, "and the accounts are complete"
-    assert desk.dispatcher.status(desk.now_s)["clients"]["ann"]["num_output"] == 5_047
+    assert desk.status()["clients"]["ann"]["num_output"] == 5_047
 
 
 def test_without_a_snapshot_a_replica_that_is_new_itself_is_charged_in_full(desk: Desk) -> None:

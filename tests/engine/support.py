@@ -58,8 +58,11 @@ class FifoQueue:
                 return self.requests.pop(i)
         return None
 
-    def counter(self, client: str) -> float:
-        return self.counters.get(client, 0.0)
+    def standing(self, client: str) -> tuple[float, ...]:
+        return (self.counters.get(client, 0.0),)
+
+    def lead(self, ahead: str, behind: str) -> float:
+        return self.counters.get(ahead, 0.0) - self.counters.get(behind, 0.0)
 
     def __len__(self) -> int:
         return len(self.requests)

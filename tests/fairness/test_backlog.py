@@ -56,18 +56,6 @@ def test_a_removed_request_may_come_back_at_another_place(backlog: Backlog[str])
     assert [backlog.pop("ann") for _ in range(2)] == ["b", "second"]
 
 
-def test_the_last_to_leave_is_the_client_whose_last_request_left_most_recently(backlog: Backlog[str]) -> None:
-    assert backlog.last_to_leave is None
-    for request_id, client in [("a1", "ann"), ("a2", "ann"), ("b1", "bob")]:
-        backlog.push(client, request_id, request_id, 0)
-    backlog.pop("ann")
-    assert backlog.last_to_leave is None
-    backlog.pop("bob")
-    assert backlog.last_to_leave == "bob"
-    backlog.remove("a2")
-    assert backlog.last_to_leave == "ann"
-
-
 def test_clients_wait_only_while_they_have_requests(backlog: Backlog[str]) -> None:
     backlog.push("ann", "a", "a", 0)
     assert (list(backlog.clients()), backlog.num_clients, backlog.num_waiting("ann")) == (["ann"], 1, 1)

@@ -23,21 +23,18 @@ def table() -> Iterator[CounterTable]:
     table.check()
 
 
-def test_a_charge_moves_the_counter_by_service_over_weight(table: CounterTable) -> None:
-    assert table.charge("ann", 100) == 100
-    assert table.charge("bob", 100) == 25
+def test_what_is_added_moves_the_counter_of_that_client_and_a_negative_amount_takes_it_back(
+    table: CounterTable,
+) -> None:
+    table.add("ann", 100)
+    table.add("bob", 25)
     assert (table.counter("ann"), table.counter("bob")) == (100, 25)
-
-
-def test_a_charge_is_given_back_in_full_even_after_the_weight_changed(table: CounterTable) -> None:
-    amount = table.charge("bob", 100)
-    table.register("bob", weight=1.0)
-    table.give_back("bob", amount)
-    assert table.counter("bob") == 0
+    table.add("bob", -25)
+    assert (table.counter("ann"), table.counter("bob")) == (100, 0)
 
 
 def test_a_new_weight_leaves_earlier_charges_as_they_were(table: CounterTable) -> None:
-    table.charge("bob", 100)
+    table.add("bob", 25)
     table.register("bob", weight=2.0)
     assert (table.counter("bob"), table.weight("bob")) == (25, 2.0)
 

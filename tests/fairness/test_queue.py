@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from fairserve.errors import ConfigError
+from fairserve.errors import ConfigError, RateLimited, Refused
 from fairserve.fairness.baselines import Rpm
-from fairserve.fairness.policy import POLICIES, make_policy
+from fairserve.fairness.catalog import POLICIES, make_policy
 from fairserve.fairness.queue import FairQueue
 
 Make = Callable[[str], FairQueue[str]]
@@ -70,9 +70,23 @@ def test_when_nobody_waits_a_newcomer_is_lifted_to_the_last_that_left(make: Make
         queue.set_counter(client, counter)
     queue.pop()
     queue.pop()
-    assert queue.last_to_leave == "ann"
+    assert queue.groups[""].last_to_leave == "ann"
     queue.charge("ann", 11)
     assert arrive(queue, "new", "n") == 111, "the counter as it is now, not as it was when the client left"
+
+
+def test_the_last_to_leave_is_the_client_whose_last_request_left_most_recently(make: Make) -> None:
+    queue = make("vtc")
+    top = queue.groups[""]
+    assert top.last_to_leave is None
+    for request_id, client in [("a1", "ann"), ("a2", "ann"), ("b1", "bob")]:
+        arrive(queue, client, request_id)
+    queue.take("ann", "a1")
+    assert top.last_to_leave is None
+    queue.take("bob", "b1")
+    assert top.last_to_leave == "bob"
+    queue.remove("a2")
+    assert top.last_to_leave == "ann"
 
 
 def test_the_very_first_client_is_not_lifted(make: Make) -> None:
@@ -139,8 +153,37 @@ def test_removing_the_last_request_makes_a_client_inactive(make: Make) -> None:
 def test_the_reference_of_the_lift_survives_a_restart(make: Make) -> None:
     queue = make("vtc")
     queue.set_counter("ann", 90)
-    queue.restore_last_to_leave("ann")
+    queue.restore_last_to_leave("", "ann")
     assert arrive(queue, "bob", "b") == 90
+
+
+def test_a_charge_moves_the_counter_by_service_over_weight(make: Make) -> None:
+    queue = make("vtc")
+    queue.register("ann")
+    queue.register("bob", weight=4.0)
+    for client in ("ann", "bob"):
+        queue.charge(client, 100)
+    assert (queue.counter("ann"), queue.counter("bob")) == (100, 25)
+
+
+def test_a_charge_is_given_back_in_full_even_after_the_weight_changed(make: Make) -> None:
+    queue = make("vtc")
+    queue.register("bob", weight=4.0)
+    rates = queue.rates("bob")
+    queue.charge("bob", 100, rates)
+    queue.register("bob", weight=1.0)
+    queue.charge("bob", -100, rates)
+    assert queue.counter("bob") == 0
+
+
+def test_a_new_weight_leaves_earlier_charges_as_they_were(make: Make) -> None:
+    queue = make("vtc")
+    queue.register("bob", weight=4.0)
+    queue.charge("bob", 100)
+    queue.register("bob", weight=2.0)
+    assert queue.counter("bob") == 25
+    queue.charge("bob", 100)
+    assert queue.counter("bob") == 75
 
 
 # -- baselines ---------------------------------------------------------------------------------------------------------
@@ -175,16 +218,21 @@ def test_fcfs_gives_a_returned_request_its_old_place(make: Make) -> None:
     assert queue.pop() == "1"
 
 
+def told(error: Refused | None) -> tuple[str, int, float]:
+    assert isinstance(error, RateLimited)
+    return error.client, error.limit, error.retry_after_s  # type: ignore[attr-defined]
+
+
 def test_rpm_accepts_its_limit_in_any_sixty_seconds_and_tells_when_to_come_back() -> None:
     policy = Rpm(limit=2)
     for now_s in (0.0, 10.0):
-        assert policy.retry_after_s("ann", now_s) is None
+        assert policy.refuse("ann", now_s) is None
         policy.accepted("ann", now_s)
-    assert policy.retry_after_s("ann", 30.0) == 30.0
-    assert policy.retry_after_s("bob", 30.0) is None
-    assert policy.retry_after_s("ann", 60.0) is None, "the window slides"
+    assert told(policy.refuse("ann", 30.0)) == ("ann", 2, 30.0)
+    assert policy.refuse("bob", 30.0) is None
+    assert policy.refuse("ann", 60.0) is None, "the window slides"
     policy.accepted("ann", 60.0)
-    assert policy.retry_after_s("ann", 61.0) == 9.0
+    assert told(policy.refuse("ann", 61.0)) == ("ann", 2, 9.0)
 
 
 def test_rpm_needs_a_limit_of_at_least_one() -> None:
@@ -195,8 +243,8 @@ def test_rpm_needs_a_limit_of_at_least_one() -> None:
 def test_policies_are_made_by_name_and_an_unknown_name_lists_the_known() -> None:
     for name in POLICIES:
         assert make_policy(name).name == name
-    with pytest.raises(ConfigError, match="fcfs, lcf, rpm, vtc"):
-        make_policy("drr")
+    with pytest.raises(ConfigError, match="d2lpm, dlpm, drr, fcfs, lcf, round_robin, rpm, vtc, wsc"):
+        make_policy("wfq")
 
 
 def test_asking_a_policy_changes_nothing(make: Make) -> None:
@@ -206,9 +254,9 @@ def test_asking_a_policy_changes_nothing(make: Make) -> None:
         arrive(queue, "bob", "b", 2.0)
         before = (queue.counter("ann"), queue.counter("bob"), queue.peek())
         for _ in range(3):
-            queue.policy.order("ann", queue)
-            queue.policy.lift("cyd", queue)
-            queue.policy.retry_after_s("ann", 0.0)
+            queue.policy.order("ann", queue.groups[""])
+            queue.policy.lift("cyd", queue.groups[""])
+            queue.policy.refuse("ann", 0.0)
             queue.least_served()
         assert before == (queue.counter("ann"), queue.counter("bob"), queue.peek())
 
@@ -230,6 +278,6 @@ def test_any_history_keeps_the_order_true(policy: str, make: Make, rng: random.R
             case 4 if client in queue.table:
                 queue.charge(client, rng.randrange(100))
             case 5 if client in queue.table:
-                queue.give_back(client, rng.randrange(50))
+                queue.charge(client, -rng.randrange(50))
         queue.check()
     assert len(queue) == len(waiting)

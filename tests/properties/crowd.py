@@ -90,7 +90,7 @@ class Watch:
 
     def __post_init__(self) -> None:
         self.inner = self.cluster.dispatcher.gaps
-        self.cluster.dispatcher.gaps = self  # type: ignore[assignment]
+        self.cluster.dispatcher.watch.gaps[""] = self  # type: ignore[assignment]
         self.cluster.on_step.append(self.sample)
 
     def observe(self, service: Mapping[str, float], is_waiting: Callable[[str], bool]) -> None:

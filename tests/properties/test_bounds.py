@@ -154,7 +154,7 @@ def test_killing_the_authority_widens_the_gap_by_a_bounded_amount(
     crowd.habits.append(Habit("late"))
     crowd.run(30)
     cluster.crash_authority(snapshot=with_snapshot)
-    cluster.dispatcher.gaps = watch  # type: ignore[assignment]
+    cluster.dispatcher.watch.gaps[""] = watch  # type: ignore[assignment]
     crowd.run(STEPS)
     assert watch.worst_pair <= 2 * 2 * W_Q * KV * num_replicas
 
@@ -199,8 +199,9 @@ def serve_one_by_one(router: RouterVoice, replica: ReplicaVoice, num: int, only:
     desk = router.desk
     for i in range(num):
         router.call(*(submit(f"{client}-{replica.seq}-{i}", client, num_input=100, max_output=1) for client in only))
-        mine = tuple(r for r, lease in desk.dispatcher._leases.items() if lease.replica == replica.name)
-        clients = [desk.dispatcher._leases[r].waiting.submit.client for r in mine]
-        replica.report(received=mine, started=mine, finished=mine, served=dict.fromkeys(clients, (100, 1)))
-    mine = tuple(r for r, lease in desk.dispatcher._leases.items() if lease.replica == replica.name)
-    replica.report(received=mine, free_slots=0)
+        mine = {r: lease for r, lease in desk.dispatcher.leases.items() if lease.replica == replica.name}
+        clients = [lease.waiting.submit.client for lease in mine.values()]
+        ids = tuple(mine)
+        replica.report(received=ids, started=ids, finished=ids, served=dict.fromkeys(clients, (100, 1)))
+    granted = tuple(r for r, lease in desk.dispatcher.leases.items() if lease.replica == replica.name)
+    replica.report(received=granted, free_slots=0)

@@ -1,0 +1,40 @@
+"""A file of lines that is written now and then, off the path of whoever makes them."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+MAX_BYTES = 100_000_000
+MAX_PENDING = 200_000
+"""Lines kept while the disk is slow; beyond that the oldest are dropped."""
+
+
+class LineFile:
+    """``write`` only remembers; ``flush``, which may block and never raises, appends. At ``max_bytes`` the file moves
+    to FILE.1, over the one before."""
+
+    def __init__(self, path: str, max_bytes: int = MAX_BYTES) -> None:
+        self._path = Path(path).expanduser()
+        self._max_bytes = max_bytes
+        self._pending: deque[str] = deque(maxlen=MAX_PENDING)
+
+    def write(self, line: str) -> None:
+        self._pending.append(line)
+
+    def flush(self) -> None:
+        lines = [self._pending.popleft() for _ in range(len(self._pending))]
+        if not lines:
+            return
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a") as file:
+                file.writelines(line + "\n" for line in lines)
+                size = file.tell()
+            if size >= self._max_bytes:
+                self._path.replace(self._path.with_name(self._path.name + ".1"))
+        except OSError:
+            logger.exception("%d lines could not be written to %s", len(lines), self._path)

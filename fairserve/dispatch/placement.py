@@ -1,0 +1,85 @@
+"""Which request goes next, and where to: room first, then the cached prefix, then who must give way."""
+
+from __future__ import annotations
+
+from fairserve.dispatch.capacity import Capacity, ReplicaRoom
+from fairserve.dispatch.leases import Leases, Waiting
+from fairserve.dispatch.limits import DispatchLimits
+from fairserve.dispatch.messages import Submit
+from fairserve.dispatch.prefixes import PrefixMap
+from fairserve.fairness.policy import Place
+from fairserve.fairness.queue import FairQueue
+
+MATCHED_REQUESTS = 4
+"""Requests of one client whose prefixes are matched, where the policy looks at prefixes."""
+
+
+class Placement:
+    """Questions change nothing; ``placed`` and ``forget`` keep the map of prefixes."""
+
+    def __init__(self, queue: FairQueue[Waiting], capacity: Capacity, leases: Leases, limits: DispatchLimits) -> None:
+        self._queue = queue
+        self._capacity = capacity
+        self._leases = leases
+        self._limits = limits
+        self._prefixes = PrefixMap(limits.prefix_block_tokens)
+
+    def next(self) -> Waiting | None:
+        """The head of the policy's order or, where it leaves a choice, the one whose prompt is cached the most."""
+        window = self._queue.policy.window
+        if window <= 1:
+            return self._queue.peek()
+        front = self._queue.front(window, MATCHED_REQUESTS)
+        return max(front, key=lambda waiting: self._prefixes.num_longest(waiting.submit.prefix), default=None)
+
+    def need_tokens(self, submit: Submit) -> int:
+        """KV tokens to reserve for it."""
+        reserve = self._limits.reserve_output_tokens
+        return submit.num_input + (submit.max_output if reserve is None else min(submit.max_output, reserve))
+
+    def room_for(self, submit: Submit, need: int, now_s: float) -> ReplicaRoom | None:
+        """Of the roomiest replica and those that know the beginning of the prompt, the policy's choice, else the
+        longest match; None when it fits nowhere."""
+        capacity, policy = self._capacity, self._queue.policy
+        roomiest = capacity.best_for(need, now_s)
+        if roomiest is None or policy.window <= 1:
+            return roomiest
+        matched = self._prefixes.longest(submit.prefix)
+        rooms = {roomiest.name: roomiest}
+        for name in matched:
+            room = capacity.get(name)
+            if room is not None and capacity.can_hold(room, need, now_s):
+                rooms[name] = room
+        places = [Place(name, matched.get(name, 0), room.num_requests) for name, room in sorted(rooms.items())]
+        chosen = policy.choose_replica(submit.client, places)
+        if chosen is None:
+            chosen = max(places, key=lambda place: (place.num_matched, place.replica == roomiest.name)).replica
+        return rooms[chosen]
+
+    def room_over(self, client: str, now_s: float) -> ReplicaRoom | None:
+        """Where somebody who is more than ``preempt_gap`` ahead of this client would give way; None for nowhere."""
+        gap = self._limits.preempt_gap
+        if gap is None:
+            return None
+        ahead = max(self._leases.clients(), key=self._queue.standing, default=client)
+        if self._queue.lead(ahead, client) <= gap:
+            return None
+        for lease in self._leases.youngest_first(ahead):
+            room = self._capacity.get(lease.replica)
+            if room is None or room.granted_over or not lease.has_started:
+                continue
+            if self._capacity.is_alive(room, now_s):
+                return room
+        return None
+
+    def placed(self, submit: Submit, room: ReplicaRoom, input_service: float) -> None:
+        if submit.prefix:
+            self._prefixes.granted(room.name, submit.prefix, room.kv_capacity_tokens)
+        self._queue.policy.placed(submit.client, room.name, input_service)
+
+    def forget(self, replica: str) -> None:
+        """It is gone, and its cache with it."""
+        self._prefixes.forget(replica)
+
+    def check(self) -> None:
+        self._prefixes.check()

@@ -1,0 +1,81 @@
+"""What each replica's prefix cache probably holds: the prefixes of what was granted to it.
+
+Each hash covers all tokens before it, so what is known of a prompt at a replica is a leading part of its hashes.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b
+
+
+def prefix_hashes(client: str, token_ids: Sequence[int], block_tokens: int) -> tuple[int, ...]:
+    """One 64-bit hash per whole block of a prompt, each covering all before it. Salted with the client: equal prompts
+    of two clients have nothing in common, for what is shared can be felt in the time to the first token."""
+    chain = blake2b(client.encode(), digest_size=8)
+    hashes = []
+    for end in range(block_tokens, len(token_ids) + 1, block_tokens):
+        chain.update(array("q", token_ids[end - block_tokens : end]).tobytes())
+        hashes.append(int.from_bytes(chain.digest(), "little"))
+    return tuple(hashes)
+
+
+class PrefixMap:
+    """Hashes per replica, least recently granted first out."""
+
+    def __init__(self, block_tokens: int) -> None:
+        self._block_tokens = block_tokens
+        self._of: dict[str, OrderedDict[int, None]] = {}
+        self._at: dict[int, set[str]] = {}
+
+    def granted(self, replica: str, prefix: Sequence[int], capacity_tokens: int) -> None:
+        """A prompt went to a replica whose KV cache holds ``capacity_tokens``."""
+        mine = self._of.setdefault(replica, OrderedDict())
+        for block in reversed(prefix):  # the first block is the one to keep longest
+            mine[block] = None
+            mine.move_to_end(block)
+            self._at.setdefault(block, set()).add(replica)
+        while len(mine) * self._block_tokens > capacity_tokens:
+            block, _ = mine.popitem(last=False)
+            self._gone(block, replica)
+
+    def longest(self, prefix: Sequence[int]) -> Mapping[str, int]:
+        """replica -> leading prompt tokens known there, for the replicas that know any."""
+        matched: dict[str, int] = {}
+        alive: set[str] | None = None
+        for i, block in enumerate(prefix):
+            at = self._at.get(block)
+            alive = at if alive is None else alive & at if at else None
+            if not alive:
+                break
+            for replica in alive:
+                matched[replica] = (i + 1) * self._block_tokens
+        return matched
+
+    def num_longest(self, prefix: Sequence[int]) -> int:
+        """Leading tokens known at the replica that knows most. O(log n): a block known anywhere was granted together
+        with all before it, and of one prompt the first blocks are forgotten last."""
+        low, high = 0, len(prefix)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if prefix[middle - 1] in self._at:
+                low = middle
+            else:
+                high = middle - 1
+        return low * self._block_tokens
+
+    def forget(self, replica: str) -> None:
+        for block in self._of.pop(replica, ()):
+            self._gone(block, replica)
+
+    def _gone(self, block: int, replica: str) -> None:
+        at = self._at[block]
+        at.discard(replica)
+        if not at:
+            del self._at[block]
+
+    def check(self) -> None:
+        pairs = {(replica, block) for replica, blocks in self._of.items() for block in blocks}
+        assert pairs == {(replica, block) for block, at in self._at.items() for replica in at}

@@ -1,0 +1,99 @@
+"""The bound and the gap, watched while the cluster runs: one pair of instruments per group of siblings.
+
+Siblings are compared with each other, so each group of the hierarchy has its own U, S and worst gap; a flat system has
+one group. The derivation is at the top of ``fairness/bounds.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from fairserve.fairness.bounds import BoundTracker, GapMonitor
+from fairserve.fairness.hierarchy import TOP, group_of, path_of
+from fairserve.fairness.queue import Amounts, FairQueue
+
+
+class Watch:
+    """Amounts are service / weight at each node of a client's path."""
+
+    def __init__(self, queue: FairQueue[Any]) -> None:
+        self._queue = queue
+        self.bounds: dict[str, BoundTracker] = {TOP: BoundTracker()}
+        self.gaps: dict[str, GapMonitor] = {TOP: GapMonitor()}
+        self.service: dict[str, float] = {}
+        """Merged service / weight by node."""
+        self.unserved: dict[str, float] = {}
+        """Charged when a request was picked, and not served yet, by node."""
+        self.owed: dict[str, float] = {}
+        """Service / weight that granted requests may still receive beyond what they were charged, by node."""
+
+    def granted(self, client: str, charge: Amounts, owed: Amounts) -> None:
+        for node, charged, owes in zip(path_of(client), charge, owed, strict=True):
+            unserved = self.unserved[node] = self.unserved.get(node, 0.0) + charged
+            all_owed = self.owed[node] = self.owed.get(node, 0.0) + owes
+            bounds = self._bounds(group_of(node))
+            bounds.saw_grant(charged, all_owed)
+            bounds.saw_in_flight(unserved)
+
+    def gave_back(self, client: str, charge: Amounts) -> None:
+        """Served, so that the replicas' totals hold it from now on, or returned."""
+        for node, amount in zip(path_of(client), charge, strict=True):
+            _subtract(self.unserved, node, amount)
+
+    def ended(self, client: str, owed: Amounts) -> None:
+        for node, amount in zip(path_of(client), owed, strict=True):
+            _subtract(self.owed, node, amount)
+
+    def served(self, client: str, service: float, rates: Amounts) -> None:
+        for node, rate in zip(path_of(client), rates, strict=True):
+            self.service[node] = self.service.get(node, 0.0) + service * rate
+
+    def levels(self, clients: Iterable[str]) -> dict[str, float]:
+        """The level of every group that these clients belong to."""
+        queue = self._queue
+        groups = {group_of(node) for client in clients for node in path_of(client)} or {TOP}
+        return {group: queue.level(group) for group in groups}
+
+    def returned(self, before: Mapping[str, float]) -> None:
+        """Charges may have returned since the levels were ``before``."""
+        for group, level in before.items():
+            self._bounds(group).saw_return(level, self._queue.level(group))
+
+    def merged(self, replica: str, before: Mapping[str, float]) -> None:
+        """One report was merged; ``before``: the counters, until then, of every node that it may have changed."""
+        most: dict[str, float] = {}
+        for node, counter in before.items():
+            group = group_of(node)
+            most[group] = max(most.get(group, 0.0), self._queue.counter(node) - counter)
+        for group, amount in most.items():
+            self._bounds(group).saw_merge(replica, amount)
+
+    def lost_replica(self, replica: str) -> None:
+        for bounds in self.bounds.values():
+            bounds.lost_replica(replica)
+
+    def observe(self, clients: Iterable[str]) -> None:
+        """Service or backlog of these clients may have changed."""
+        changed: dict[str, dict[str, float]] = {}
+        for client in clients:
+            for node in path_of(client):
+                changed.setdefault(group_of(node), {})[node] = self.service.get(node, 0.0)
+        for group, service in changed.items():
+            gaps = self.gaps.get(group)
+            if gaps is None:
+                gaps = self.gaps[group] = GapMonitor()
+            gaps.observe(service, self._queue.is_waiting)
+
+    def _bounds(self, group: str) -> BoundTracker:
+        bounds = self.bounds.get(group)
+        if bounds is None:
+            bounds = self.bounds[group] = BoundTracker()
+        return bounds
+
+
+def _subtract(amounts: dict[str, float], node: str, amount: float) -> None:
+    """Keep only what is more than rounding."""
+    amounts[node] = amounts.get(node, 0.0) - amount
+    if abs(amounts[node]) < 1e-6:
+        del amounts[node]
