@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from fairserve.config import FairServeArgs
 from fairserve.errors import ConfigError
+from fairserve.overrides import lay_over, mistakes
 
 WIDTH = 110
 
@@ -27,7 +28,7 @@ def read_settings(file: Path | None = None, overrides: Sequence[str] = ()) -> Fa
     """
     data = _arguments(file) if file is not None else {}
     for word in overrides:
-        _lay_over(data, word)
+        lay_over(data, word)
     return validated(data, source=str(file) if file is not None else "")
 
 
@@ -40,12 +41,7 @@ def validated(data: Any, source: str = "") -> FairServeArgs:
     try:
         return FairServeArgs.model_validate(data)
     except ValidationError as error:
-        lines = []
-        for mistake in error.errors(include_url=False, include_context=False, include_input=False):
-            where = ".".join(str(part) for part in mistake["loc"])
-            text = mistake["msg"].removeprefix("Value error, ")
-            lines.append(f"{where}: {text}" if where else text)
-        raise ConfigError((f"{source}: " if source else "") + "; ".join(lines)) from None
+        raise ConfigError((f"{source}: " if source else "") + mistakes(error)) from None
 
 
 def documented_yaml(model: type[BaseModel] = FairServeArgs) -> str:
@@ -113,19 +109,3 @@ def _arguments(file: Path) -> dict[str, Any]:
     if len(ours) != 1:
         raise ConfigError(f"{file} is a Serve config file with {len(ours)} fairserve applications, expected one")
     return dict(ours[0].get("args") or {})
-
-
-def _lay_over(data: dict[str, Any], word: str) -> None:
-    """Put ``a.b=value`` into ``data``; the value is read as YAML, so 8 is a number and null is None."""
-    path, equals, text = word.partition("=")
-    if not equals or not path:
-        raise ConfigError(f"{word!r} is not key=value, such as num_replicas=2 or engine.max_num_seqs=8")
-    *parents, last = path.split(".")
-    for parent in parents:
-        data = data.setdefault(parent, {})
-        if not isinstance(data, dict):
-            raise ConfigError(f"{word!r}: {parent} holds a value, not a group of settings")
-    try:
-        data[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        data[last] = text

@@ -1,0 +1,52 @@
+"""``dotted.key=value`` words laid over settings, and what is wrong with settings in words.
+
+For the service (YAML) and the simulator's scenarios (TOML) alike.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from fairserve.errors import ConfigError
+
+
+def lay_over(data: dict[str, Any], word: str) -> None:
+    """Put ``a.b=value`` into ``data``; the value is read as YAML, so 8 is a number, [1, 2] a list and null is None.
+    In a list, a number picks an entry: ``faults.0.at_s=30``.
+
+    Raises:
+        ConfigError: not key=value, or a key inside something that has no keys.
+    """
+    path, equals, text = word.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"{word!r} is not key=value, such as num_replicas=2 or engine.max_num_seqs=8")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    group: Any = data
+    *parents, last = path.split(".")
+    for parent in parents:
+        group = group.setdefault(parent, {}) if isinstance(group, dict) else group[_index(group, parent, word)]
+        if not isinstance(group, dict | list):
+            raise ConfigError(f"{word!r}: {parent} holds a value, not a group of settings")
+    group[last if isinstance(group, dict) else _index(group, last, word)] = value
+
+
+def mistakes(error: ValidationError) -> str:
+    """Every mistake with the setting's dotted name, in one line."""
+    lines = []
+    for mistake in error.errors(include_url=False, include_context=False, include_input=False):
+        where = ".".join(str(part) for part in mistake["loc"])
+        text = mistake["msg"].removeprefix("Value error, ")
+        lines.append(f"{where}: {text}" if where else text)
+    return "; ".join(lines)
+
+
+def _index(entries: list[Any], key: str, word: str) -> int:
+    if not (key.isdecimal() and int(key) < len(entries)):
+        raise ConfigError(f"{word!r}: {key!r} names no entry of a list of {len(entries)}, numbered from 0")
+    return int(key)
