@@ -12,12 +12,14 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
 from fairserve import __version__
 from fairserve.api.identity import ENV_KEYS, Identities
-from fairserve.config import EMBEDDED_MODEL, ApiKey, FairServeArgs, key_digest
+from fairserve.clock import SystemClock
+from fairserve.config import CLIENT_RULE, EMBEDDED_MODEL, ApiKey, FairServeArgs, key_digest
 from fairserve.engine.embedded import EMBEDDED, cache_root, ensure_embedded, is_ready
 from fairserve.errors import ConfigError, FairServeError
 from fairserve.settings import documented_yaml, read_settings
@@ -25,7 +27,12 @@ from fairserve.settings import documented_yaml, read_settings
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; ``argv`` is None for the process's own arguments."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options, late = parser.parse_known_args(argv)
+    if any(word.startswith("-") for word in late) or (late and not hasattr(options, "words")):
+        parser.error(f"unrecognized arguments: {' '.join(late)}")
+    if late:  # argparse takes words before or after the options, not both
+        options.words += late
     try:
         options.run(options)
     except ConfigError as error:
@@ -71,7 +78,7 @@ def new_key(options: argparse.Namespace) -> None:
     try:
         entry = ApiKey(client=options.client, key_sha256=key_digest(secret), weight=options.weight)
     except ValueError:
-        detail = f"client {options.client!r} (1-64 of A-Z a-z 0-9 . _ : @ -) with weight {options.weight} (above 0)"
+        detail = f"client {options.client!r} ({CLIENT_RULE}) with weight {options.weight} (above 0)"
         raise ConfigError(f"not a client and a weight: {detail}") from None
     # The secret goes to the terminal, the entry to wherever stdout goes: `fairserve keys new me >> keys.yaml`.
     print(f"the secret of {entry.client}, shown only now: {secret}", file=sys.stderr)
@@ -136,6 +143,57 @@ def welcome(args: FairServeArgs, url: str, dashboard_url: str | None) -> str:
     return "\n".join(lines)
 
 
+def simulate(options: argparse.Namespace) -> None:
+    from fairserve.simulate import command  # numpy and the scenarios take half a second
+
+    if options.list:
+        print(command.list_scenarios())
+        return
+    # The first word is the scenario unless it is a setting.
+    words = list(options.words)
+    source = words.pop(0) if words and "=" not in words[0] else "overload"
+    text = command.simulate_command(
+        source,
+        options.policy,
+        words,
+        num_seeds=options.seeds,
+        num_processes=options.jobs,
+        out=options.out,
+        replay=options.replay,
+    )
+    print(text)
+
+
+def profile(options: argparse.Namespace) -> None:
+    args = read_settings(options.config, options.settings)
+    if not options.out.parent.is_dir():
+        raise ConfigError(f"--out {options.out}: there is no folder {options.out.parent}")
+    if options.out.is_dir():
+        raise ConfigError(f"--out {options.out} is a folder: name a file in it")
+    if args.model in EMBEDDED:
+        ensure_embedded(args.model, progress=lambda line: print(line, file=sys.stderr))
+    from fairserve.engine.profile import profile_engine  # torch takes seconds to import
+    from fairserve.simulate.fit import fit, is_doubtful, table
+    from fairserve.simulate.step_time import Origin
+
+    print(f"loading {args.model}, then measuring its steps for one to two minutes", file=sys.stderr)
+    found = profile_engine(args, SystemClock())
+    origin = Origin(
+        kind="measured",
+        source=f"fairserve profile, {datetime.now(UTC):%Y-%m-%d}",
+        model=found.model,
+        engine=found.engine,
+        machine=found.machine,
+        versions=found.versions,
+    )
+    step_time = fit(found.samples, origin)
+    step_time.save(options.out)
+    print(table(step_time))
+    if is_doubtful(step_time):
+        print("fairserve: so far off, it is of little use: was the machine busy? measure again", file=sys.stderr)
+    print(f'{options.out} can be the step_time of a scenario: step_time = "{options.out.name}"')
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line instead of the whole usage."""
@@ -166,14 +224,28 @@ def _parser() -> argparse.ArgumentParser:
     keys = commands.add_parser("keys", help="API keys").add_subparsers(required=True, metavar="COMMAND")
     command(keys, "hash", hash_key, "print the key_sha256 of a secret read from stdin or asked for")
     new = command(keys, "new", new_key, "make a key: the secret to stderr, the entry for keys_file to stdout")
-    new.add_argument("client", metavar="CLIENT")
+    new.add_argument("client", metavar="CLIENT", help="a name, or a path such as organisation/team/user")
     new.add_argument("--weight", type=float, default=1.0, help="share relative to other clients (default 1)")
+
+    sim = command(commands, "simulate", simulate, "run a scenario on a virtual clock under one policy or several")
+    sim.add_argument("words", nargs="*", metavar="SCENARIO key=value", help="a packaged scenario or a TOML file")
+    sim.add_argument("--list", action="store_true", help="list the packaged scenarios")
+    sim.add_argument("--policy", action="append", default=[], metavar="P", help="vtc, vtc+moving_mean, rpm(20), ...")
+    sim.add_argument("--seeds", type=int, default=1, help="runs of each policy, with intervals (default 1)")
+    sim.add_argument("--jobs", type=int, default=1, help="processes (default 1)")
+    sim.add_argument("--out", type=Path, metavar="DIR", help="keep a JSON and a chart there")
+    sim.add_argument("--replay", type=Path, metavar="LOG", help="take the requests from a decision log")
 
     run = command(commands, "serve", serve, "serve on this machine until Ctrl-C")
     run.add_argument("--config", type=Path, metavar="FILE", help="settings, or a Serve config file")
     run.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1; 0.0.0.0 lets other machines in")
     run.add_argument("--port", type=int, default=8000, help="default 8000")
     run.add_argument("settings", nargs="*", metavar="key=value", help="such as model=PATH or fairness.policy=fcfs")
+
+    made = command(commands, "profile", profile, "measure this machine's engine, for the simulator: under two minutes")
+    made.add_argument("--config", type=Path, metavar="FILE", help="settings, or a Serve config file")
+    made.add_argument("--out", type=Path, default=Path("profile.json"), metavar="FILE", help="default profile.json")
+    made.add_argument("settings", nargs="*", metavar="key=value", help="such as model=PATH or engine.num_threads=2")
     return parser
 
 

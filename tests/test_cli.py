@@ -57,7 +57,11 @@ def test_a_good_file_is_called_valid(tmp_path: Path, capsys: Capture) -> None:
     [
         ("num_replica: 3", "did you mean 'num_replicas'?"),
         ("engine: {max_num_seqs: 0}", "engine.max_num_seqs: Input should be greater than 0"),
-        ("fairness: {policy: best}", "fairness.policy: Input should be 'vtc', 'fcfs', 'lcf' or 'rpm'"),
+        (
+            "fairness: {policy: best}",
+            "fairness.policy: Input should be "
+            "'vtc', 'wsc', 'drr', 'dlpm', 'd2lpm', 'lcf', 'fcfs', 'rpm' or 'round_robin'",
+        ),
         ("[1, 2]", "expected a mapping"),
         ("a: [", "is not YAML"),
         ("applications: []", "0 fairserve applications"),

@@ -31,7 +31,7 @@ from fairserve.dispatch.messages import (
 from fairserve.dispatch.placement import Placement
 from fairserve.dispatch.sessions import RouterSession
 from fairserve.dispatch.watch import Watch
-from fairserve.errors import ClientQueueFull, ClusterQueueFull
+from fairserve.errors import ClientQueueFull, ClusterQueueFull, InteractionThrottled
 from fairserve.fairness.accounts import application_of, client_of
 from fairserve.fairness.bounds import BoundTracker, GapMonitor
 from fairserve.fairness.cost import CostFunction
@@ -170,15 +170,17 @@ class Dispatcher:
                 error = self.door.refuse(submit, is_first, now_s)
             if error is not None:
                 self.num_refused += 1
-                if not is_first:
-                    self.interactions.cut(client, submit.interaction)
-                    self._mark(client)
+                self.throttle.num_throttled += isinstance(error, InteractionThrottled)
+                self.interactions.cut(client, submit.interaction)
+                self._mark(client)
                 if self._log is not None:
                     self._log.refused(submit, error, now_s)
                 return Refusal(submit.request_id, error)
             self.door.accepted(submit, now_s)
             self.interactions.accepted(client, submit.interaction, submit.request_id, now_s, is_first=is_first)
             self._mark(client)
+        else:
+            self._waits_again(submit, now_s)
         session.requests.add(submit.request_id)
         waiting = Waiting(submit, session.router, now_s - submit.waited_s)
         rise = self.queue.arrive(client, submit.request_id, waiting, waiting.arrived_s)
@@ -187,6 +189,11 @@ class Dispatcher:
             self._log.submitted(submit, rise, now_s)
         self.watch.observe({client})
         return None
+
+    def _waits_again(self, submit: Submit, now_s: float) -> None:
+        """Its interaction, which may be known from here or only to a predecessor, goes on."""
+        self.interactions.waits_again(submit.client, submit.interaction, submit.request_id, now_s)
+        self._mark(submit.client)
 
     def _mark(self, client: str) -> None:
         """Tell the queue whether the client has an interaction under way."""
@@ -406,7 +413,6 @@ class Dispatcher:
         for room in [r for r in self.capacity if now_s - r.heard_s > limits.replica_dead_s]:
             self._lose_replica(room.name, now_s)
             self.capacity.forget(room.name)
-            self._placement.forget(room.name)
             self.watch.lost_replica(room.name)
         while (request_id := self.leases.first_lapsed(now_s)) is not None:
             self.num_lapsed += 1
@@ -427,12 +433,15 @@ class Dispatcher:
         session = self._sessions.get(waiting.router)
         if session is not None:
             session.requests.add(request_id)
+            self._waits_again(waiting.submit, now_s)
             rise = self.queue.arrive(waiting.submit.client, request_id, waiting, waiting.arrived_s)
             self.num_lifts += rise > 0
             self.watch.observe({waiting.submit.client})
 
     def _lose_replica(self, replica: str, now_s: float) -> None:
-        """It died or began anew: what it never confirmed waits again; the rest is over, the router will say more."""
+        """It died or began anew: what it never confirmed waits again; the rest is over, the router will say more.
+        What its cache held is gone, too."""
+        self._placement.forget(replica)
         for request_id in self.leases.on(replica):
             lease = self.leases.get(request_id)
             assert lease is not None

@@ -80,6 +80,7 @@ class Placement:
     def forget(self, replica: str) -> None:
         """It is gone, and its cache with it."""
         self._prefixes.forget(replica)
+        self._queue.policy.lost_replica(replica)
 
     def check(self) -> None:
         self._prefixes.check()

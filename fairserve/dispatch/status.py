@@ -55,6 +55,7 @@ def status(dispatcher: Dispatcher, now_s: float) -> dict[str, Any]:
         "refused": dispatcher.num_refused,
         "lifts": dispatcher.num_lifts,
         "overloaded": dispatcher.throttle.overload.is_on,
+        "throttled": dispatcher.throttle.num_throttled,
         "interactions": len(dispatcher.interactions),
         "interactions_cut": dispatcher.interactions.num_cut,
         "wasted_tokens": dispatcher.interactions.num_wasted_tokens,

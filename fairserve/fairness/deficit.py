@@ -68,24 +68,28 @@ class D2lpm(Dlpm):
         if not replica_quantum > 0:
             raise ValueError(f"replica_quantum must be above 0, not {replica_quantum}")
         self.replica_quantum = replica_quantum
-        self._deficit: dict[str, dict[str, float]] = {}
+        self._spent: dict[str, dict[str, float]] = {}
+        """Service by client and replica."""
 
     def choose_replica(self, client: str, places: Sequence[Place]) -> str | None:
         """Among the longest matches with deficit left the shortest queue; among all with deficit left otherwise; when
         none has any, every replica gets a quantum more."""
-        deficit = self._deficit.setdefault(client, {})
-        with_credit = [place for place in places if deficit.get(place.replica, self.replica_quantum) > 0]
-        while not with_credit:
-            for replica in {*deficit, *(place.replica for place in places)}:
-                deficit[replica] = deficit.get(replica, self.replica_quantum) + self.replica_quantum
-            with_credit = [place for place in places if deficit[place.replica] > 0]
+        spent = self._spent.get(client, {})
+        # Quanta go to all of a client's replicas at once: what is added can be counted instead of written down.
+        rounds = min(floor(spent.get(place.replica, 0.0) / self.replica_quantum) for place in places)
+        credit = (rounds + 1) * self.replica_quantum
+        with_credit = [place for place in places if spent.get(place.replica, 0.0) < credit]
         longest = max(place.num_matched for place in with_credit)
         best = [place for place in with_credit if place.num_matched == longest]
         return min(best, key=lambda place: (place.num_requests, place.replica)).replica
 
     def placed(self, client: str, replica: str, service: float) -> None:
-        deficit = self._deficit.setdefault(client, {})
-        deficit[replica] = deficit.get(replica, self.replica_quantum) - service
+        spent = self._spent.setdefault(client, {})
+        spent[replica] = spent.get(replica, 0.0) + service
+
+    def lost_replica(self, replica: str) -> None:
+        for spent in self._spent.values():
+            spent.pop(replica, None)
 
     def finished(self, client: str, application: str, replica: str, input_service: float, service: float) -> None:
         self.placed(client, replica, service - input_service)

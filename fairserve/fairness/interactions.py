@@ -32,6 +32,8 @@ class Interactions:
         """In the order in which they were seen last."""
         self._num_of: dict[str, int] = {}
         self._born_s: float | None = None
+        self._cut_calls: set[tuple[str, str]] = set()
+        """(client, request id) of calls that had not ended when their interaction was cut."""
         self.num_wasted_tokens = 0
         """Tokens spent on interactions that were cut later."""
         self.num_cut = 0
@@ -67,8 +69,21 @@ class Interactions:
         known.open_calls.add(request_id)
         self._saw(key, known, now_s)
 
+    def waits_again(self, client: str, interaction: str, request_id: str, now_s: float) -> None:
+        """A call that was accepted before, here or by a predecessor, is back in the queue."""
+        known = self._known.get((client, interaction))
+        if known is None:
+            self.accepted(client, interaction, request_id, now_s, is_first=True)
+        else:
+            known.open_calls.add(request_id)
+            self._saw((client, interaction), known, now_s)
+
     def ended(self, client: str, interaction: str, request_id: str, num_tokens: int, now_s: float) -> None:
         """A call left, after ``num_tokens`` of input and output."""
+        if (client, request_id) in self._cut_calls:
+            self._cut_calls.discard((client, request_id))
+            self.num_wasted_tokens += num_tokens
+            return
         known = self._known.get((client, interaction))
         if known is not None:
             known.open_calls.discard(request_id)
@@ -76,11 +91,13 @@ class Interactions:
             self._saw((client, interaction), known, now_s)
 
     def cut(self, client: str, interaction: str) -> None:
-        """A call of an interaction that has begun was refused: what was spent on it is wasted."""
+        """A call was refused. If its interaction has begun, what was spent on it, and what its open calls will still
+        come to, is wasted."""
         known = self._known.pop((client, interaction), None)
         if known is not None:
             self.num_cut += 1
             self.num_wasted_tokens += known.num_tokens
+            self._cut_calls.update((client, request_id) for request_id in known.open_calls)
             self._forgot(client)
 
     def expire(self, now_s: float) -> list[str]:

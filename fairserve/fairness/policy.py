@@ -65,5 +65,8 @@ class Policy:
     def placed(self, client: str, replica: str, service: float) -> None:
         """A request was granted to ``replica``, its input worth ``service``."""
 
+    def lost_replica(self, replica: str) -> None:
+        """It is gone."""
+
     def finished(self, client: str, application: str, replica: str, input_service: float, service: float) -> None:
         """A request ended, having received ``service`` in all, ``input_service`` of it for its input."""

@@ -205,7 +205,7 @@ class FairQueue(Generic[Item]):
         for node in path_of(client):
             if not is_group(node):
                 self.table.register(node, weight)
-            elif node not in self.table:
+            elif node not in self._groups:
                 self.table.register(node, self._group_weights.get(node.removesuffix("/"), 1.0))
                 self._groups[node] = Siblings(self)
 
@@ -276,7 +276,8 @@ class FairQueue(Generic[Item]):
 
     def restore_last_to_leave(self, group: str, member: str | None) -> None:
         """After a restart: the second branch of the lift needs it."""
-        self._groups.setdefault(group, Siblings(self)).restore_last_to_leave(member)
+        if group in self._groups:
+            self._groups[group].restore_last_to_leave(member)
 
     def _reorder(self, client: str) -> None:
         for node in reversed(path_of(client)):

@@ -116,6 +116,7 @@ class Throttle:
         self.overload = Overload(settings)
         self._rates = Rates()
         self.num_throttled = 0
+        """Counted by whoever refuses."""
 
     @property
     def is_on(self) -> bool:

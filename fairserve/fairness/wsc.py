@@ -47,7 +47,7 @@ class Wsc(Vtc):
     def price(self, client: str, application: str) -> float:
         """Typical service of all requests / expected service of this one's application: 1 on average, so that counters
         remain service."""
-        if self._typical is None:
+        if not self._typical:
             return 1.0
         expected = self._given.get(application, self._mean.get(application, self._typical))
         own = self._own.get((client, application), expected)
