@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -231,6 +230,7 @@ class ModelReplica:
 
         from fairserve.engine.engine import build_engine
         from fairserve.engine.loop import EngineLoop
+        from fairserve.engine.sizing import num_threads
 
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         args = FairServeArgs.model_validate_json(args_json)
@@ -298,10 +298,3 @@ def _begin(args: FairServeArgs) -> Any:
     with contextlib.suppress(ray.exceptions.RayError):  # it may be restarting: it was started with its own settings
         ray.get(actor.configure.remote(without_keys(args).model_dump_json()), timeout=30)
     return actor
-
-
-def num_threads(args: FairServeArgs, cores: Callable[[], int] = lambda: len(os.sched_getaffinity(0))) -> int:
-    """Torch threads of one replica on a CPU, when the configuration leaves it open."""
-    if args.engine.num_threads is not None:
-        return args.engine.num_threads
-    return max(1, cores() // args.num_replicas)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import torch
 
-from fairserve.config import EngineConfig
+from fairserve.config import EngineConfig, FairServeArgs
 from fairserve.engine.attention import KVAttention
 from fairserve.engine.attention_sdpa import SdpaAttention
 from fairserve.engine.loading import LoadedModel
@@ -82,3 +83,8 @@ def _available_memory() -> int:
         return available if limit == "max" else max(0, min(available, int(limit) - int(used)))
     except (OSError, ValueError):
         return available
+
+
+def num_threads(args: FairServeArgs) -> int:
+    """Torch threads of one replica on a CPU: the configured number, else its share of this machine's cores."""
+    return args.engine.num_threads or max(1, len(os.sched_getaffinity(0)) // args.num_replicas)
