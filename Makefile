@@ -8,7 +8,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test serve lint bench clean
+.PHONY: help setup demo test serve lint bench paper clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ lint: $(VENV)/.installed ## ruff, mypy, and the floors
 
 bench: setup ## tokens/s of VTC against FCFS, alternating; other figures: benchmarks/README.md
 	@$(BIN)/python -m benchmarks.demo --pairs 3 $(ARGS)
+
+paper: $(VENV)/.installed ## the VTC paper's workloads, simulated, beside its published numbers: about 5 minutes
+	@$(BIN)/python -m benchmarks.paper $(ARGS)
 
 clean: ## remove .venv, caches and results; the model stays in the user's cache
 	@rm -rf $(VENV) out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

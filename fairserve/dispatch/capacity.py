@@ -51,7 +51,8 @@ class Capacity:
     """Room on all replicas. Questions change no answer; report, reserve, release, suspend and forget act.
 
     The best replica is found in O(log replicas): two heaps, of replicas with a free running slot and of all with
-    lookahead, by free KV tokens. An entry whose numbers are no longer the replica's is skipped when it surfaces.
+    lookahead, by free KV tokens, with one entry that counts for each replica. Its numbers may be earlier, better ones:
+    they are put right when it surfaces, so that a grant costs nothing here.
     """
 
     def __init__(self, lookahead: int, stale_s: float) -> None:
@@ -116,28 +117,41 @@ class Capacity:
         while heap:
             entry = heap[0]
             name = entry[2]
-            if self._entries.get(name, (None, False))[0] is entry:
-                room = self._rooms[name]
-                if self.is_alive(room, now_s):
-                    return room
+            listed = self._entries.get(name)
+            if listed is None or listed[0] is not entry:
+                heapq.heappop(heap)
+                continue
+            room = self._rooms[name]
+            if not self.is_alive(room, now_s):
                 del self._entries[name]
                 self._asleep[name] = None
-            heapq.heappop(heap)
+                heapq.heappop(heap)
+                continue
+            true = (-room.room_tokens, -room.room_slots, name)
+            if true == entry:
+                return room
+            self._entries[name] = (true, listed[1])
+            heapq.heapreplace(heap, true)
         return None
 
     def _wake(self, now_s: float) -> None:
-        for name in [name for name in self._asleep if self.is_alive(self._rooms[name], now_s)]:
-            self._changed(self._rooms[name])
+        if self._asleep:
+            for name in [name for name in self._asleep if self.is_alive(self._rooms[name], now_s)]:
+                self._changed(self._rooms[name])
 
     def _changed(self, room: ReplicaRoom) -> None:
-        """Give the replica the entry that its numbers ask for."""
-        self._asleep.pop(room.name, None)
-        if room.room_slots + self._lookahead <= 0:
-            self._entries.pop(room.name, None)
+        """See to it that the replica stands in the right heap, and not behind where its numbers put it."""
+        name, slots = room.name, room.room_slots
+        if self._asleep:
+            self._asleep.pop(name, None)
+        if slots + self._lookahead <= 0:
+            self._entries.pop(name, None)
             return
-        entry = (-room.room_tokens, -room.room_slots, room.name)
-        only_queues = room.room_slots <= 0
-        self._entries[room.name] = (entry, only_queues)
+        entry, only_queues = (-room.room_tokens, -slots, name), slots <= 0
+        listed = self._entries.get(name)
+        if listed is not None and listed[1] == only_queues and listed[0] <= entry:
+            return
+        self._entries[name] = (entry, only_queues)
         heap = self._heaps[only_queues]
         heapq.heappush(heap, entry)
         if len(heap) > 4 * len(self._rooms) + 64:
@@ -192,3 +206,8 @@ class Capacity:
             assert room.reserved_tokens == sum(room.unconfirmed.values()), room
             listed = room.name in self._entries or room.name in self._asleep
             assert listed == (room.room_slots + self._lookahead > 0), room
+        for name, (entry, only_queues) in self._entries.items():
+            room = self._rooms[name]
+            assert entry <= (-room.room_tokens, -room.room_slots, name), room
+            assert only_queues == (room.room_slots <= 0), room
+            assert any(entry is one for one in self._heaps[only_queues]), room

@@ -210,46 +210,47 @@ class Dispatcher:
         if added is not None:
             self._merge(report, added, now_s)
             self.dispatch(now_s)
+        table = self.queue.table
         clients = {*map(client_of, report.totals), *report.clients}
-        nodes = {node for client in clients if client in self.queue.table for node in path_of(client)}
         return ReportReply(
             epoch=self.epoch,
             ack=self.ledger.ack(report.replica, report.incarnation),
-            counters={node: self.queue.counter(node) for node in nodes},
+            counters={node: table.counter(node) for client in clients if client in table for node in path_of(client)},
             need_full=not report.is_full and report.epoch not in (0, self.epoch),
         )
 
     def _merge(self, report: StepReport, added: Mapping[str, Totals], now_s: float) -> None:
-        clients = {client_of(account) for account in added}
-        touched = self._clients_of(report) | clients
-        levels = self.watch.levels(touched)
+        queue, watch, table = self.queue, self.watch, self.queue.table
+        owners = {account: client_of(account) for account in report.totals}
+        clients = {owners[account] for account in added}
+        given_back = {owners[account] for account, difference in added.items() if difference.service < 0}
+        levels = watch.levels(self._clients_of(report) | given_back)
         room = self.capacity.get(report.replica)
         is_current = room is None or room.incarnation <= report.incarnation
         if room is not None and room.incarnation < report.incarnation:
             self._lose_replica(report.replica, now_s)
-        before = {node: self.queue.counter(node) for client in clients for node in path_of(client)}
+        before = {node: table.counter(node) for client in clients for node in path_of(client)}
         for request_id in (*report.received, *report.held):
             self._confirm(request_id, report, now_s)
         for request_id in report.started:
             self._start(request_id, report, now_s)
-        for account in report.totals:
-            client = client_of(account)
-            if client not in self.queue.table:
-                self.queue.register(client, report.weights.get(client, 1.0))
+        for client in owners.values():
+            if client not in table:
+                queue.register(client, report.weights.get(client, 1.0))
         for account, difference in added.items():
-            client = client_of(account)
-            rates = self.queue.rates(client, self.queue.policy.price(client, application_of(account)))
-            self.queue.charge(client, difference.service, rates)
-            self.watch.served(client, difference.service, rates)
+            client = owners[account]
+            rates = queue.rates(client, queue.policy.price(client, application_of(account)))
+            queue.charge(client, difference.service, rates)
+            watch.served(client, difference.service, rates)
         for request_id, num_output in report.outputs.items():
             self._progress(request_id, num_output, report)
         for request_id in report.finished:
             self._finish(request_id, report, now_s)
-        self.watch.returned(levels)
-        self.watch.merged(report.replica, before)
+        watch.returned(levels)
+        watch.merged(report.replica, before)
         if is_current:
             self.capacity.report(report, now_s)
-        self.watch.observe(clients)
+        watch.observe(clients)
 
     def _clients_of(self, report: StepReport) -> set[str]:
         """Clients whose grants the report may settle."""
@@ -348,7 +349,8 @@ class Dispatcher:
         policy, cost = self.queue.policy, self.cost
         foretold = self._predictor.predict(client, submit.application, submit.predicted_output)
         predicted = min(max(0.0, foretold), submit.max_output)
-        service = cost.service(submit.num_input, predicted)
+        input_service = cost.service(submit.num_input, 0)
+        service = cost.service(submit.num_input, predicted) if predicted else input_service
         rates = self.queue.rates(client, policy.price(client, submit.application))
         owed = cost.service(submit.num_input, submit.max_output) - service
         self.num_granted += 1
@@ -360,7 +362,7 @@ class Dispatcher:
         self.queue.charge(client, service, rates)
         self.watch.granted(client, scaled(service, rates), scaled(owed, rates))
         self.capacity.reserve(room.name, request_id, need)
-        self._placement.placed(submit, room, cost.service(submit.num_input, 0))
+        self._placement.placed(submit, room, input_service)
         waited_s = now_s - waiting.arrived_s
         self.door.granted(client, waited_s, now_s)
         self.watch.observe({client})

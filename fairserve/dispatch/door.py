@@ -45,6 +45,10 @@ class Door:
         self._throttle.accepted(submit.client, submit.application, now_s)
 
     def granted(self, client: str, waited_s: float, now_s: float) -> None:
-        self._throttle.overload.waited(waited_s, now_s)
+        if self._throttle.is_on:
+            self._throttle.overload.waited(waited_s, now_s)
         self._drain.count(now_s)
-        self._client_drain.setdefault(client, DrainRate()).count(now_s)
+        drain = self._client_drain.get(client)
+        if drain is None:
+            drain = self._client_drain[client] = DrainRate()
+        drain.count(now_s)

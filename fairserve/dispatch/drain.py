@@ -8,6 +8,8 @@ import math
 class DrainRate:
     """Exponentially decaying rate of grants (1/s), with time constant ``tau_s``."""
 
+    __slots__ = ("_at_s", "_since_s", "_tau_s", "_weight")
+
     def __init__(self, tau_s: float = 30.0) -> None:
         self._tau_s = tau_s
         self._weight = 0.0
@@ -29,8 +31,9 @@ class DrainRate:
     def _decay(self, now_s: float) -> None:
         if self._at_s is None:
             self._at_s = self._since_s = now_s
-        self._weight *= math.exp((self._at_s - now_s) / self._tau_s)
-        self._at_s = now_s
+        if now_s != self._at_s:
+            self._weight *= math.exp((self._at_s - now_s) / self._tau_s)
+            self._at_s = now_s
 
 
 def retry_after_s(num_ahead: int, rate_per_s: float, *, least_s: float = 1.0, most_s: float = 600.0) -> float:

@@ -40,7 +40,7 @@ class Lease:
 
 
 def scaled(service: float, rates: Amounts) -> Amounts:
-    return tuple(service * rate for rate in rates)
+    return tuple([service * rate for rate in rates])
 
 
 class Leases:

@@ -18,6 +18,25 @@ class _Book:
     totals: dict[str, Totals] = field(default_factory=dict)
 
 
+@dataclass(slots=True)
+class _Sum:
+    """``Totals`` that grow in place."""
+
+    num_input: int = 0
+    num_cached: int = 0
+    num_output: int = 0
+    service: float = 0.0
+
+    def add(self, more: Totals) -> None:
+        self.num_input += more.num_input
+        self.num_cached += more.num_cached
+        self.num_output += more.num_output
+        self.service += more.service
+
+    def totals(self) -> Totals:
+        return Totals(self.num_input, self.num_cached, self.num_output, self.service)
+
+
 class Ledger:
     """Applies differences of cumulative totals, kept per account (client and application): a lost report is made good
     by the next, a repeated or overtaken one changes nothing. Books of dead incarnations are kept, so that a late report
@@ -25,17 +44,18 @@ class Ledger:
 
     def __init__(self, max_books: int = 10_000) -> None:
         self._books: dict[tuple[str, int], _Book] = {}
-        self._totals: dict[str, Totals] = {}
-        self._client_totals: dict[str, Totals] = {}
+        self._totals: dict[str, _Sum] = {}
+        self._client_totals: dict[str, _Sum] = {}
         self._max_books = max_books
 
     def totals(self, client: str) -> Totals:
         """Everything this client has received, over all replicas that ever reported."""
-        return self._client_totals.get(client, NOTHING)
+        total = self._client_totals.get(client)
+        return NOTHING if total is None else total.totals()
 
     def accounts(self) -> Mapping[str, Totals]:
         """The same, by account."""
-        return self._totals
+        return {account: total.totals() for account, total in self._totals.items()}
 
     def ack(self, replica: str, incarnation: int) -> int:
         """The newest merged sequence number of that incarnation, 0 for none."""
@@ -57,8 +77,9 @@ class Ledger:
         added = {}
         for account, totals in report.totals.items():
             is_new = account not in book.totals
-            difference = totals - book.totals.get(account, NOTHING)
-            if difference != NOTHING:
+            had = book.totals.get(account, NOTHING)
+            if totals != had:
+                difference = totals - had
                 book.totals[account] = totals
                 self._add(account, difference)
                 if not (as_baseline and is_new):
@@ -68,9 +89,11 @@ class Ledger:
         return added
 
     def _add(self, account: str, difference: Totals) -> None:
-        client = client_of(account)
-        self._totals[account] = self._totals.get(account, NOTHING) + difference
-        self._client_totals[client] = self._client_totals.get(client, NOTHING) + difference
+        for sums, key in ((self._totals, account), (self._client_totals, client_of(account))):
+            total = sums.get(key)
+            if total is None:
+                total = sums[key] = _Sum()
+            total.add(difference)
 
     def dump(self) -> dict[str, Any]:
         """Plain values for a snapshot."""
@@ -97,5 +120,5 @@ class Ledger:
             assert totals.num_input >= totals.num_cached >= 0 and totals.num_output >= 0, (client, totals)
 
 
-def _row(totals: Totals) -> list[float]:
+def _row(totals: Totals | _Sum) -> list[float]:
     return [totals.num_input, totals.num_cached, totals.num_output, totals.service]

@@ -38,18 +38,18 @@ class Placement:
         return submit.num_input + (submit.max_output if reserve is None else min(submit.max_output, reserve))
 
     def room_for(self, submit: Submit, need: int, now_s: float) -> ReplicaRoom | None:
-        """Of the roomiest replica and those that know the beginning of the prompt, the policy's choice, else the
-        longest match; None when it fits nowhere."""
+        """Of the roomiest replica and those that know the beginning of the prompt (or all, where the policy looks
+        everywhere), the policy's choice, else the longest match; None when it fits nowhere."""
         capacity, policy = self._capacity, self._queue.policy
         roomiest = capacity.best_for(need, now_s)
         if roomiest is None or policy.window <= 1:
             return roomiest
         matched = self._prefixes.longest(submit.prefix)
         rooms = {roomiest.name: roomiest}
-        for name in matched:
-            room = capacity.get(name)
+        known = capacity if policy.looks_everywhere else map(capacity.get, matched)
+        for room in known:
             if room is not None and capacity.can_hold(room, need, now_s):
-                rooms[name] = room
+                rooms[room.name] = room
         places = [Place(name, matched.get(name, 0), room.num_requests) for name, room in sorted(rooms.items())]
         chosen = policy.choose_replica(submit.client, places)
         if chosen is None:

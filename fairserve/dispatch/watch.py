@@ -51,9 +51,8 @@ class Watch:
 
     def levels(self, clients: Iterable[str]) -> dict[str, float]:
         """The level of every group that these clients belong to."""
-        queue = self._queue
-        groups = {group_of(node) for client in clients for node in path_of(client)} or {TOP}
-        return {group: queue.level(group) for group in groups}
+        groups = {group_of(node) for client in clients for node in path_of(client)}
+        return {group: self._queue.level(group) for group in groups}
 
     def returned(self, before: Mapping[str, float]) -> None:
         """Charges may have returned since the levels were ``before``."""
@@ -63,9 +62,11 @@ class Watch:
     def merged(self, replica: str, before: Mapping[str, float]) -> None:
         """One report was merged; ``before``: the counters, until then, of every node that it may have changed."""
         most: dict[str, float] = {}
-        for node, counter in before.items():
-            group = group_of(node)
-            most[group] = max(most.get(group, 0.0), self._queue.counter(node) - counter)
+        counter = self._queue.table.counter
+        for node, was in before.items():
+            group, amount = group_of(node), counter(node) - was
+            if amount > most.get(group, 0.0):
+                most[group] = amount
         for group, amount in most.items():
             self._bounds(group).saw_merge(replica, amount)
 
@@ -78,7 +79,10 @@ class Watch:
         changed: dict[str, dict[str, float]] = {}
         for client in clients:
             for node in path_of(client):
-                changed.setdefault(group_of(node), {})[node] = self.service.get(node, 0.0)
+                group = group_of(node)
+                if group not in changed:
+                    changed[group] = {}
+                changed[group][node] = self.service.get(node, 0.0)
         for group, service in changed.items():
             gaps = self.gaps.get(group)
             if gaps is None:

@@ -39,6 +39,10 @@ class Backlog(Generic[Item]):
     def num_clients(self) -> int:
         return len(self._waiting)
 
+    def has(self, client: str) -> bool:
+        """The client has at least one waiting request."""
+        return client in self._waiting
+
     def num_waiting(self, client: str) -> int:
         return self._waiting.get(client, 0)
 

@@ -57,11 +57,13 @@ class BoundTracker:
 
     def saw_grant(self, charge: float, owed: float) -> None:
         """``owed``: output service that the client's granted, unfinished requests may still make, this one included."""
-        self._unit = max(self._unit, charge + owed)
+        if charge + owed > self._unit:
+            self._unit = charge + owed
 
     def saw_in_flight(self, charge: float) -> None:
         """Input charges of one client that no replica has started yet."""
-        self._in_flight = max(self._in_flight, charge)
+        if charge > self._in_flight:
+            self._in_flight = charge
 
     def saw_merge(self, replica: str, amount: float) -> None:
         """Net amount that one report of ``replica`` added to the counters of one client or more."""

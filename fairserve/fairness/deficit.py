@@ -62,6 +62,7 @@ class D2lpm(Dlpm):
     used up ``replica_quantum`` there, then goes wherever fewest requests are."""
 
     name = "d2lpm"
+    looks_everywhere = True
 
     def __init__(self, quantum: float = 500.0, window: int = 32, replica_quantum: float = 2_000.0) -> None:
         super().__init__(quantum, window)

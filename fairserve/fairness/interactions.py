@@ -21,6 +21,8 @@ class _Interaction:
     num_tokens: int = 0
     """Input and output tokens of calls that have ended."""
     open_calls: set[str] = field(default_factory=set)
+    is_cut: bool = False
+    """The last call was refused. If the caller tries again in time, it goes on: its next call is not a first one."""
 
 
 class Interactions:
@@ -32,10 +34,8 @@ class Interactions:
         """In the order in which they were seen last."""
         self._num_of: dict[str, int] = {}
         self._born_s: float | None = None
-        self._cut_calls: set[tuple[str, str]] = set()
-        """(client, request id) of calls that had not ended when their interaction was cut."""
         self.num_wasted_tokens = 0
-        """Tokens spent on interactions that were cut later."""
+        """Tokens spent on interactions that were cut; falls when one goes on after all."""
         self.num_cut = 0
 
     def __len__(self) -> int:
@@ -63,7 +63,13 @@ class Interactions:
         if known is None:
             known = self._known[key] = _Interaction(now_s, now_s)
             self._num_of[client] = self._num_of.get(client, 0) + 1
-        elif is_first:
+        if known.is_cut:
+            known.is_cut = False
+            self._num_of[client] = self._num_of.get(client, 0) + 1
+            if not is_first:
+                self.num_cut -= 1
+                self.num_wasted_tokens -= known.num_tokens
+        if is_first:
             known.begun_s, known.num_calls, known.num_tokens = now_s, 0, 0
         known.num_calls += 1
         known.open_calls.add(request_id)
@@ -80,24 +86,21 @@ class Interactions:
 
     def ended(self, client: str, interaction: str, request_id: str, num_tokens: int, now_s: float) -> None:
         """A call left, after ``num_tokens`` of input and output."""
-        if (client, request_id) in self._cut_calls:
-            self._cut_calls.discard((client, request_id))
-            self.num_wasted_tokens += num_tokens
-            return
         known = self._known.get((client, interaction))
-        if known is not None:
+        if known is not None and request_id in known.open_calls:
             known.open_calls.discard(request_id)
             known.num_tokens += num_tokens
+            self.num_wasted_tokens += num_tokens if known.is_cut else 0
             self._saw((client, interaction), known, now_s)
 
     def cut(self, client: str, interaction: str) -> None:
         """A call was refused. If its interaction has begun, what was spent on it, and what its open calls will still
-        come to, is wasted."""
-        known = self._known.pop((client, interaction), None)
-        if known is not None:
+        come to, is wasted, unless it goes on."""
+        known = self._known.get((client, interaction))
+        if known is not None and not known.is_cut:
+            known.is_cut = True
             self.num_cut += 1
             self.num_wasted_tokens += known.num_tokens
-            self._cut_calls.update((client, request_id) for request_id in known.open_calls)
             self._forgot(client)
 
     def expire(self, now_s: float) -> list[str]:
@@ -111,9 +114,10 @@ class Interactions:
                 self._saw(key_and_value[0], known, now_s)
                 continue
             del self._known[key_and_value[0]]
-            self._forgot(client)
-            if client not in self._num_of:
-                done.append(client)
+            if not known.is_cut:
+                self._forgot(client)
+                if client not in self._num_of:
+                    done.append(client)
         return done
 
     def _saw(self, key: tuple[str, str], known: _Interaction, now_s: float) -> None:
@@ -127,6 +131,7 @@ class Interactions:
 
     def check(self) -> None:
         count: dict[str, int] = {}
-        for client, _ in self._known:
-            count[client] = count.get(client, 0) + 1
+        for (client, _), known in self._known.items():
+            if not known.is_cut:
+                count[client] = count.get(client, 0) + 1
         assert count == self._num_of

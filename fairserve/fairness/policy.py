@@ -33,6 +33,9 @@ class Policy:
     name = ""
     window = 1
     """How many clients of equal order the dispatcher may choose among by cached prefix; 1 keeps the strict order."""
+    looks_everywhere = False
+    """Whether :meth:`choose_replica` is shown every replica with room, at O(replicas) a grant, and not the roomiest and
+    those that know the beginning of the prompt alone."""
 
     def order(self, client: str, waiting: WaitingClients) -> Order:
         """The client with the least value goes next; equal values go by the client's name."""

@@ -22,12 +22,16 @@ Amounts = tuple[float, ...]
 class Siblings:
     """The members of one group, and which of them wait: what a policy is shown.
 
-    The order is a heap of (order, member) with stale entries skipped: a member's newest entry counts.
+    The order is a heap with one entry that counts for each waiting member, (order, member). The order in it may be an
+    earlier, lesser one: it is put right when it surfaces, so that a charge, which moves its client back, costs nothing
+    here. Entries that do not count are skipped.
     """
 
     def __init__(self, queue: FairQueue[Item]) -> None:
         self._queue = queue
         self._heap: list[tuple[Order, str]] = []
+        self._entries: dict[str, tuple[Order, str]] = {}
+        """The entry that counts, by member."""
         self.orders: dict[str, Order] = {}
         """Of the members that wait."""
         self._last_to_leave: str | None = None
@@ -46,11 +50,17 @@ class Siblings:
         return self._last_to_leave
 
     def least_served(self) -> str | None:
-        while self._heap:
-            order, member = self._heap[0]
-            if self._is_live((order, member)):
+        heap, entries, orders = self._heap, self._entries, self.orders
+        while heap:
+            entry = heap[0]
+            member = entry[1]
+            if entries.get(member) is not entry:
+                heapq.heappop(heap)
+            elif (order := orders[member]) == entry[0]:
                 return member
-            heapq.heappop(self._heap)
+            else:
+                entry = entries[member] = (order, member)
+                heapq.heapreplace(heap, entry)
         return None
 
     def equals_of_first(self) -> Iterator[str]:
@@ -58,37 +68,41 @@ class Siblings:
         first = self.least_served()
         if first is None:
             return
-        seen = ""
-        for order, member in in_order(self._heap, self._is_live):
-            if order != self.orders[first]:
+        least = self.orders[first]
+        for order, member in in_order(self._heap, self._counts):
+            if order != least:
                 return
-            if member != seen:  # an order that came back to an older value stands in the heap twice
-                seen = member
+            if self.orders[member] == order:
                 yield member
 
     # Written by the FairQueue only.
 
     def waits(self, member: str, order: Order) -> None:
-        if member in self.orders and self.orders[member] == order:
-            return
         self.orders[member] = order
-        heapq.heappush(self._heap, (order, member))
+        entry = self._entries.get(member)
+        if entry is not None and entry[0] <= order:
+            return
+        entry = self._entries[member] = (order, member)
+        heapq.heappush(self._heap, entry)
         if len(self._heap) > 4 * len(self.orders) + 64:
-            self._heap = [(order, member) for member, order in self.orders.items()]
+            self._heap = list(self._entries.values())
             heapq.heapify(self._heap)
 
     def leaves(self, member: str) -> None:
         if self.orders.pop(member, None) is not None:
+            del self._entries[member]
             self._last_to_leave = member
 
     def restore_last_to_leave(self, member: str | None) -> None:
         self._last_to_leave = member
 
-    def _is_live(self, entry: tuple[Order, str]) -> bool:
-        order, member = entry
-        return member in self.orders and self.orders[member] == order
+    def _counts(self, entry: tuple[Order, str]) -> bool:
+        return self._entries.get(entry[1]) is entry
 
     def check(self) -> None:
+        assert self._entries.keys() == self.orders.keys()
+        assert all(entry[0] <= self.orders[member] for member, entry in self._entries.items())
+        assert sum(map(self._counts, self._heap)) == len(self._entries)
         first = self.least_served()
         if first is not None:
             assert (self.orders[first], first) == min((order, name) for name, order in self.orders.items())
@@ -145,7 +159,8 @@ class FairQueue(Generic[Item]):
 
     def rates(self, client: str, price: float = 1.0) -> Amounts:
         """What one unit of service adds to each counter along the path."""
-        return tuple(price / self.table.weight(node) for node in path_of(client))
+        weight = self.table.weight
+        return tuple([price / weight(node) for node in path_of(client)])
 
     def place(self, node: str) -> float:
         """Place of the first waiting request of a client, or of whoever goes next in a group."""
@@ -156,9 +171,9 @@ class FairQueue(Generic[Item]):
         return self._backlog.head(node)[0]
 
     def is_waiting(self, node: str) -> bool:
-        if is_group(node):
-            return node in self._groups and bool(self._groups[node].orders)
-        return self._backlog.num_waiting(node) > 0
+        if self._backlog.has(node):
+            return True
+        return is_group(node) and node in self._groups and bool(self._groups[node].orders)
 
     def is_under_way(self, client: str) -> bool:
         return client in self._under_way

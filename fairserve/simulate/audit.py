@@ -29,7 +29,7 @@ def check_charges(
         if replica.is_alive:
             replica.flush()
             replica.check()
-    delivered = [replica.totals() for replica, _ in incarnations]
+    delivered = [_sum([replica.totals()]) for replica, _ in incarnations]
     assert _sum(delivered) == _of_records(records), "requests and replicas differ"
     if authority is None:
         return
@@ -63,8 +63,7 @@ def _tell_all(reporting: Reporting, authority: Authority, now_s: float) -> None:
 def _of_records(records: Iterable[RequestRecord]) -> Tokens:
     tokens: Tokens = {}
     for record in records:
-        if record.num_input:
-            _add(tokens, record.arrival.client, [record.num_input, record.num_cached, record.num_output])
+        _add(tokens, record.arrival.client, [record.num_input, record.num_cached, record.num_output])
     return tokens
 
 
@@ -86,6 +85,8 @@ def _sum(parts: Iterable[Tokens]) -> Tokens:
 
 
 def _add(tokens: Tokens, client: str, row: Sequence[int]) -> None:
-    mine = tokens.setdefault(client, [0, 0, 0])
-    for i, num in enumerate(row):
-        mine[i] += num
+    """A client that had nothing is not listed."""
+    if any(row):
+        mine = tokens.setdefault(client, [0, 0, 0])
+        for i, num in enumerate(row):
+            mine[i] += num

@@ -1,7 +1,6 @@
 """``GapMonitor`` of ``fairness/bounds.py`` on arrays: all pairs at once, for runs in which many clients always wait.
 
-With 64 clients watched an observation costs about 25 us, whoever changed; the monitor's own loop takes 4 us for each
-client that did.
+With 64 clients watched, 20 of which received something, it takes an eighth of the monitor's time.
 """
 
 from __future__ import annotations

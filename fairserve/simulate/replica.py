@@ -84,7 +84,7 @@ class SimReplica:
             max_num_batched_tokens=setup.max_num_batched_tokens,
             max_model_len=setup.model_len,
             preempt_gap=preempt_gap,
-            cached_tokens=self._cached_tokens if setup.prefix_cache_tokens else None,
+            cached_tokens=self._starts,
         )
         self.state = State(self._kv.capacity_tokens, setup.max_num_seqs)
         self.on_events: Callable[[BookEvents], None] = lambda events: None
@@ -160,7 +160,7 @@ class SimReplica:
             self._tell()
 
     def _begin(self, plan: StepPlan) -> None:
-        meter, here = self._meter, self._here
+        meter = self._meter
         num_prefill = prefill_context = 0
         sampled = {chunk.request_id: 0 for chunk in plan.decodes}
         for chunk in plan.prefills:
@@ -169,10 +169,7 @@ class SimReplica:
             prefill_context += num * end
             if chunk.samples:
                 sampled[chunk.request_id] = 0
-            live = here[chunk.request_id].live
             sequence = self.batcher.running[chunk.request_id]
-            if not live.has_started:
-                self._starts(live)
             known = sequence.num_tokens - 1 if sequence.output else sequence.num_input_computed
             meter.num_recomputed += max(0, min(end, known) - chunk.position)
         decode_context = sum([chunk.position for chunk in plan.decodes]) + len(plan.decodes)
@@ -254,7 +251,7 @@ class SimReplica:
 
     def give_back(self, live: Live) -> None:
         """Unless it has started, it goes back to where it came from."""
-        if live.request_id in self._here and self.book.is_unserved(live.request_id):
+        if live.request_id in self._here and not live.has_started:
             self._remove(live)
             self._network.carry(partial(live.door.returned, live))
 
@@ -276,8 +273,15 @@ class SimReplica:
         for i, num in enumerate((record.num_input, record.num_cached, record.num_output)):
             row[i] += num
 
-    def _cached_tokens(self, request: GenerateRequest) -> int:
-        return self.cache.match(self._here[request.request_id].live.record.arrival.prefix)
+    def _starts(self, request: GenerateRequest) -> int:
+        """The Batcher takes it from the queue and asks how many of its leading tokens are here."""
+        live = self._here[request.request_id].live
+        num_cached = min(self.cache.match(live.record.arrival.prefix), request.num_input - 1)
+        live.has_started = True
+        live.record.num_cached = num_cached
+        self._started.append(live)
+        self._meter.left(live)
+        return num_cached
 
     # -- what goes out ------------------------------------------------------------------------------------------------
 
@@ -305,21 +309,9 @@ class SimReplica:
 
     def _book_started(self) -> None:
         """Input is charged when a step begins, and is seen when it ends; this one does not end."""
-        for request_id, here in self._here.items():
-            live = here.live
-            if not live.has_started and not self.book.is_unserved(request_id):
-                self._starts(live)
         for live in self._started:
             live.record.num_input = live.request.num_input
         self._started.clear()
-
-    def _starts(self, live: Live) -> None:
-        """It was taken from the queue, and charged its input."""
-        sequences = self.batcher.running if live.request_id in self.batcher.running else self.batcher.preempted
-        live.has_started = True
-        live.record.num_cached = sequences[live.request_id].usage.num_cached
-        self._started.append(live)
-        self._meter.left(live)
 
     @property
     def kv_capacity_tokens(self) -> int:

@@ -48,7 +48,7 @@ class Reporting:
         """What a step, or a moment without one, has brought."""
         self.reporter.add(events)
         if self._kept:
-            for request_id in (*events.started, *events.finished):
+            for request_id in events.started:
                 self._kept.pop(request_id, None)
         if self.reporter.has_news:
             self._has_news = True

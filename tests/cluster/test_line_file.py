@@ -1,0 +1,85 @@
+"""A file of lines that is written off the path of whoever makes them."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from fairserve.cluster import line_file
+from fairserve.cluster.line_file import LineFile
+
+
+def test_lines_stand_in_the_file_in_order_once_flushed(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "er" / "log.jsonl"
+    file = LineFile(str(path))
+    file.write("one")
+    assert not path.exists(), "writing does not touch the disk"
+    file.write("two")
+    file.flush()
+    file.write("three")
+    file.flush()
+    assert path.read_text().splitlines() == ["one", "two", "three"]
+
+
+def test_flushing_nothing_makes_no_file(tmp_path: Path) -> None:
+    LineFile(str(tmp_path / "log")).flush()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_an_earlier_life_wrote_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("before\n")
+    file = LineFile(str(tmp_path / "log"))
+    file.write("after")
+    file.flush()
+    assert (tmp_path / "log").read_text() == "before\nafter\n"
+
+
+def test_a_full_file_moves_aside_over_the_one_before(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    file = LineFile(str(path), max_bytes=20)
+    for i in range(4):
+        file.write(f"{i} {'x' * 10}")
+        file.flush()
+    old = path.with_name("log.1")
+    assert old.read_text().splitlines() == [f"{i} {'x' * 10}" for i in (2, 3)]
+    assert not path.exists()
+    file.write("next")
+    file.flush()
+    assert path.read_text() == "next\n"
+
+
+def test_a_home_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = LineFile("~/log")
+    file.write("x")
+    file.flush()
+    assert (tmp_path / "log").read_text() == "x\n"
+
+
+def test_a_disk_that_cannot_be_written_is_told_and_stops_nobody(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    file = LineFile(str(blocker / "log"))
+    file.write("lost")
+    with caplog.at_level(logging.ERROR):
+        file.flush()
+    assert "1 lines could not be written" in caplog.text
+    blocker.unlink()
+    file.write("kept")
+    file.flush()
+    assert (blocker / "log").read_text() == "kept\n", "and it goes on when the disk is back"
+
+
+def test_while_the_disk_is_slow_the_newest_lines_are_kept_and_memory_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(line_file, "MAX_PENDING", 3)
+    file = LineFile(str(tmp_path / "log"))
+    for i in range(10):
+        file.write(str(i))
+    file.flush()
+    assert (tmp_path / "log").read_text().splitlines() == ["7", "8", "9"]

@@ -1,0 +1,204 @@
+"""Each protection is taken out, one at a time, and the tests must notice: so they can fail, and each part is needed.
+
+``SEEDS`` runs of a family are enough to see it; the same runs show nothing when nothing is taken out.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from fairserve.dispatch.capacity import ReplicaRoom
+from fairserve.dispatch.dispatcher import Dispatcher
+from fairserve.dispatch.leases import Waiting, scaled
+from fairserve.dispatch.ledger import Ledger
+from fairserve.dispatch.limits import DispatchLimits
+from fairserve.dispatch.messages import StepReport, Totals
+from fairserve.dispatch.replica_book import LocalBook
+from fairserve.fairness.baselines import Fcfs, Lcf
+from fairserve.fairness.hierarchy import path_of
+from fairserve.fairness.queue import Amounts, FairQueue
+from fairserve.fairness.vtc import Vtc
+from fairserve.fairness.waiting import WaitingClients
+from tests.properties.bound_runs import violations
+from tests.properties.crowd import Crowd, Habit
+from tests.toy_cluster import Lossy, Perfect, ToyCluster
+
+SEEDS = range(20)
+STEPS = 200
+
+grant, requeue, merge, charge = Dispatcher._grant, Dispatcher._requeue, Ledger.merge, FairQueue.charge
+
+
+# -- what is taken out ------------------------------------------------------------------------------------------------
+
+
+def lift_only_when_nobody_waits(self: Vtc, client: str, waiting: WaitingClients) -> float | None:
+    if waiting.least_served() is not None or waiting.last_to_leave is None:
+        return None
+    return waiting.counter(waiting.last_to_leave)
+
+
+def lift_only_when_somebody_waits(self: Vtc, client: str, waiting: WaitingClients) -> float | None:
+    least = waiting.least_served()
+    return None if least is None else waiting.counter(least)
+
+
+def grant_for_nothing(self: Dispatcher, waiting: Waiting, room: ReplicaRoom, need: int, now_s: float) -> None:
+    """The input is charged when the replica reports it."""
+    grant(self, waiting, room, need, now_s)
+    lease = self.leases.get(waiting.submit.request_id)
+    assert lease is not None
+    self._release(lease, lease.held)
+
+
+def merge_repeats(self: Ledger, report: StepReport, *, as_baseline: bool = False) -> dict[str, Totals] | None:
+    """A report that comes twice counts twice."""
+    if report.seq <= self.ack(report.replica, report.incarnation):
+        added = self.__dict__.get("last_added", {}).get(report.replica, {})
+        for account, difference in added.items():
+            self._add(account, difference)
+        return dict(added)
+    result = merge(self, report, as_baseline=as_baseline)
+    self.__dict__.setdefault("last_added", {})[report.replica] = result
+    return result
+
+
+def dispatch_whatever_fits(self: Dispatcher, now_s: float) -> None:
+    """Past a head that does not fit, the next client's is tried."""
+
+    def fitting() -> tuple[Waiting, ReplicaRoom, int] | None:
+        for client in sorted(self.queue.backlog.clients(), key=self.queue.standing):
+            waiting = self.queue.backlog.head(client)[1]
+            need = self._placement.need_tokens(waiting.submit)
+            room = self._placement.room_for(waiting.submit, need, now_s)
+            if room is not None:
+                return waiting, room, need
+        return None
+
+    while (found := fitting()) is not None:
+        waiting, room, need = found
+        self.queue.take(waiting.submit.client, waiting.submit.request_id)
+        self._grant(waiting, room, need, now_s)
+
+
+def requeue_without_refund(self: Dispatcher, request_id: str, now_s: float) -> None:
+    lease = self.leases.get(request_id)
+    assert lease is not None
+    self.watch.gave_back(lease.waiting.submit.client, scaled(lease.held, lease.rates))
+    lease.held = 0.0
+    requeue(self, request_id, now_s)
+
+
+def apply_counters_as_they_are(self: LocalBook[Any], counters: dict[str, float], reported: dict[str, float]) -> None:
+    """What was charged here since the report is forgotten until the next."""
+    for node, counter in counters.items():
+        self._queue.set_counter(node, counter)
+
+
+def dispatch_all_then_charge(self: Dispatcher, now_s: float) -> None:
+    picked = []
+    while (waiting := self._placement.next()) is not None:
+        need = self._placement.need_tokens(waiting.submit)
+        room = self._placement.room_for(waiting.submit, need, now_s)
+        if room is None:
+            break
+        self.queue.take(waiting.submit.client, waiting.submit.request_id)
+        self.capacity.reserve(room.name, waiting.submit.request_id, need)
+        picked.append((waiting, room, need))
+    for waiting, room, need in picked:
+        self.capacity.release(room.name, waiting.submit.request_id)
+        self._grant(waiting, room, need, now_s)
+
+
+def charge_only_the_client(self: FairQueue[Any], client: str, service: float, rates: Amounts | None = None) -> None:
+    """The groups above pay nothing."""
+    above = len(path_of(client)) - 1
+    charge(self, client, service, (0.0,) * above + (rates or self.rates(client))[above:])
+
+
+PROTECTIONS: dict[str, tuple[type, str, Callable[..., Any], str]] = {
+    "counters": (Vtc, "order", Fcfs.order, "paper"),
+    "lift": (Vtc, "lift", Lcf.lift, "paper"),
+    "lift, somebody waits": (Vtc, "lift", lift_only_when_nobody_waits, "paper"),
+    "lift, nobody waits": (Vtc, "lift", lift_only_when_somebody_waits, "hierarchy"),
+    "charge at admission": (Dispatcher, "_grant", grant_for_nothing, "cluster"),
+    "no skipping": (Dispatcher, "dispatch", dispatch_whatever_fits, "paper"),
+    "own charges on top": (LocalBook, "apply_counters", apply_counters_as_they_are, "late_replies"),
+    "pick and charge in one step": (Dispatcher, "dispatch", dispatch_all_then_charge, "cluster"),
+    "charges of groups": (FairQueue, "charge", charge_only_the_client, "hierarchy"),
+}
+"""Where, what stands there instead, and the family of runs whose bounds need it."""
+
+
+@contextmanager
+def removed(owner: type, method: str, instead: Callable[..., Any]) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, method, instead)
+        yield
+
+
+# -- bounds -----------------------------------------------------------------------------------------------------------
+
+
+def finds_violation(family: str) -> bool:
+    return any(violations(family, (seed,), STEPS) for seed in SEEDS)
+
+
+@pytest.mark.parametrize("family", sorted({family for *_, family in PROTECTIONS.values()}))
+def test_the_bounds_hold_in_these_runs_as_long_as_nothing_is_taken_out(family: str) -> None:
+    assert not finds_violation(family)
+
+
+@pytest.mark.parametrize("protection", PROTECTIONS)
+def test_a_bound_breaks_without(protection: str) -> None:
+    owner, method, instead, family = PROTECTIONS[protection]
+    with removed(owner, method, instead):
+        assert finds_violation(family)
+
+
+# -- accounts ---------------------------------------------------------------------------------------------------------
+
+
+def charges_differ_from_delivery(seed: int) -> bool:
+    """Reports come twice or not at all, or routers lose grants; there are no lifts, so that a counter is the service
+    received and nothing else."""
+    rng = random.Random(seed)
+    swallowed = rng.choice((0.0, 0.1))
+    cluster = ToyCluster(
+        "lcf",
+        num_replicas=2,
+        kv_tokens=60,
+        network=Perfect() if swallowed else Lossy(rng, 0.2),
+        limits=DispatchLimits(lookahead=1, lease_s=1.0),
+        swallow=lambda: rng.random() < swallowed,
+    )
+    Crowd(cluster, [Habit(client, max_input=20, max_output=10) for client in ("ann", "bob")], rng).run(50)
+    swallowed = 0.0
+    for _ in range(40):  # what was swallowed lapses
+        cluster.step()
+    cluster.run_until_quiet()
+    for client in ("ann", "bob"):
+        totals = cluster.dispatcher.ledger.totals(client)
+        told = Totals(*(cluster.told(client)[0], 0, cluster.told(client)[1]), cluster.delivered(client))
+        if totals != told or abs(cluster.dispatcher.queue.counter(client) - told.service) > 1e-6:
+            return True
+    return False
+
+
+def test_charges_are_what_was_delivered_as_long_as_nothing_is_taken_out() -> None:
+    assert not any(map(charges_differ_from_delivery, SEEDS))
+
+
+@pytest.mark.parametrize(
+    ("owner", "method", "instead"),
+    [(Ledger, "merge", merge_repeats), (Dispatcher, "_requeue", requeue_without_refund)],
+    ids=["the ledger's idempotence", "the refund of a lapsed lease"],
+)
+def test_charges_differ_from_delivery_without(owner: type, method: str, instead: Callable[..., Any]) -> None:
+    with removed(owner, method, instead):
+        assert any(map(charges_differ_from_delivery, SEEDS))
