@@ -20,6 +20,10 @@ that waits or of one that does not, is ever more than U + D above the level, wit
 A waiting client is never below the level (the lift sees to it when it arrives). Counters of waiting clients therefore
 differ by at most U + D, and those of two that wait throughout change by at most 2 (U + D) relative to each other.
 
+A caller may cancel what runs. The router's word can overtake the replica's report: the grant ends and owes nothing any
+more, the client may be picked again, and what had been served is merged afterwards. C, the most of that for one client,
+comes on top: U + D + C. C was served since the last merge, so S holds it (below), and the bounds in U and S stand.
+
 **Service.** Delivered service differs from the counter, lifts aside, by what is not merged yet (at most the sum over
 replicas of the largest net amount that one report merged) and by input charged but not started (at most the most in
 flight of one client); each counts at both ends of an interval. With S = that sum + that most + D:
@@ -35,7 +39,8 @@ M being KV tokens: the paper's 2U holds as it stands.
 
 Assumed: weights do not change, no request makes more than its max_output, and all service follows a grant of this
 authority. What runs without one (degraded mode, grants of an authority before this one) is merged and charged, but
-nobody could know that it was owed.
+nobody could know that it was owed. What a replica served and did not report before it died is in no counter; it widens
+the bounds by the most that each death cost one client.
 """
 
 from __future__ import annotations

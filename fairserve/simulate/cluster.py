@@ -101,6 +101,8 @@ class SimCluster:
     def run(self) -> None:
         self.timeline.run(self.setup.duration_s, lambda: not self._num_open and self._num_come == len(self.records))
         self.meter.pass_time()
+        for replica in self.living():
+            replica.book_started()
         self._sample()
 
     def _sample(self) -> None:

@@ -124,7 +124,7 @@ class SimReplica:
         """Everything here is lost. Returns the requests that had not started."""
         self.is_alive = False
         self._meter.replicas_changed(idle=-(not self._is_stepping), busy=-self._is_stepping)
-        self._book_started()
+        self.book_started()
         unserved = list(self._coming.values())
         for request_id, here in list(self._here.items()):
             live = here.live
@@ -304,11 +304,11 @@ class SimReplica:
 
     def flush(self) -> None:
         """After the end of a run: tell what was charged since the last step ended."""
-        self._book_started()
+        self.book_started()
         self._tell()
 
-    def _book_started(self) -> None:
-        """Input is charged when a step begins, and is seen when it ends; this one does not end."""
+    def book_started(self) -> None:
+        """Input is charged when a step begins, and is recorded when it ends; this one does not end."""
         for live in self._started:
             live.record.num_input = live.request.num_input
         self._started.clear()

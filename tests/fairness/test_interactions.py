@@ -83,7 +83,7 @@ def test_after_a_restart_calls_in_the_middle_are_believed_for_the_idle_time_and_
 
 
 def test_after_a_restart_what_comes_back_is_known_to_have_begun() -> None:
-    """A call that waited with the predecessor for longer than the grace: its next call is in the middle all the same."""
+    """A call that waited with the predecessor for longer than the grace: its next call is in the middle still."""
     found = Interactions(idle_s=60.0)
     found.is_first("nobody", "x", 0, 0.0)
     found.waits_again("ann", "begun-before", "r1", 1.0)

@@ -1,4 +1,4 @@
-"""The weighted service counter: what an application is worth, what a forged label buys, what an interaction may take."""
+"""The weighted service counter: what an application is worth, what a forged label buys, what interactions may take."""
 
 from __future__ import annotations
 

@@ -59,6 +59,14 @@ def test_the_same_setup_arrivals_and_seed_give_the_same_record() -> None:
     assert digest(simulate(cluster(**STORMY, seed=1), crowd(1))) != digest(first)
 
 
+def test_checking_changes_nothing() -> None:
+    """Whenever the run ends, in the middle of whatever step."""
+    for duration_s in (0.3, 0.31, 0.32, 0.33):
+        setup = cluster(duration_s=duration_s)
+        plain, checked = (simulate(setup, crowd(2), check=check) for check in (False, True))
+        assert replace(plain, wall_s=0.0) == replace(checked, wall_s=0.0)
+
+
 def test_the_record_is_the_same_in_every_process() -> None:
     """Sets of strings have another order in each."""
     code = (
