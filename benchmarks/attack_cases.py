@@ -8,8 +8,8 @@ share (busy), two for less (modest), and the attacker for more.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import ceil
 
 from fairserve.simulate.records import Arrival, RequestRecord
@@ -19,12 +19,14 @@ DURATION_S = 180.0
 ATTACKER = "mallory"
 MODEST = ("modest-0", "modest-1")
 BUSY = ("busy-0", "busy-1")
-INPUT, OUTPUT = (256, 1024), (16, 176)
-"""Tokens of an ordinary request: 640 and 96 on average, 832 of service."""
-CAPACITY = 4.2
+INPUT, OUTPUT = (512, 1536), (16, 112)
+"""Tokens of an ordinary request: 1,024 and 64 on average, 1,152 of service."""
+CAPACITY = 3.5
 """Ordinary requests per second that the cluster finishes."""
 SHARES = {"modest-0": 0.1, "modest-1": 0.1, "busy-0": 0.5, "busy-1": 0.5, ATTACKER: 0.55}
 """What each client asks for, over what the cluster can give. Fair among these: 0.1 to the modest, 0.27 to the others."""
+WARM_UP_S = 30.0
+"""Whoever asks for more has more of the idle cluster's room, once; by then nobody has it any longer."""
 BURST_S = 90.0
 """When whoever was silent comes back."""
 
@@ -71,10 +73,15 @@ def long_prompts(seed: str) -> World:
     return _world(seed, (512, 2048), 1)
 
 
+def all_lengths(seed: str) -> World:
+    """The attacker's answers have 16 tokens or up to 800."""
+    return _world(seed, (32, 96), (16, 800))
+
+
 def applications(seed: str) -> World:
     """busy-0 writes reports, four times as large as what the others chat; the attacker chats."""
     world = _world(seed)
-    reports = _client(f"{seed} reports", "busy-0", SHARES["busy-0"], (1024, 4096), (64, 704), application="report")
+    reports = _client(f"{seed} reports", "busy-0", SHARES["busy-0"], (2048, 6144), (64, 448), application="report")
     chats = [replace(one, application="chat") for one in world.victims if one.client != "busy-0"]
     return World(merge(reports, chats), [replace(one, application="chat") for one in world.attacker])
 
@@ -155,7 +162,7 @@ def abort_after_prefill(requests: Requests) -> Requests:
 
 
 def tiny(requests: Requests, num_parts: int = 16) -> Requests:
-    """Each request in 16 parts: the same tokens, 40 and 6 at a time."""
+    """Each request in 16 parts: the same tokens, 64 and 4 at a time."""
     return merge(*(_parts(one, num_parts) for one in requests))
 
 
@@ -174,7 +181,7 @@ def _dealt(total: int, num_parts: int) -> list[int]:
 
 
 def ask_for_too_much(requests: Requests) -> Requests:
-    """max_tokens of 4,096 for answers of 96."""
+    """max_tokens of 4,096 for answers of 64."""
     return [replace(one, max_output=4096) for one in requests]
 
 
@@ -226,8 +233,26 @@ def endless_task(requests: Requests) -> Requests:
 
 
 def false_index(requests: Requests) -> Requests:
-    """Every call claims to be in the middle of an interaction, a new one each time."""
-    return [replace(one, interaction=f"task-{num}", call_index=7) for num, one in enumerate(requests)]
+    """From ``BURST_S`` on every call claims to be in the middle of an interaction, a new one each time. (For its first
+    minute an authority believes that: its predecessor may have accepted the first call.)"""
+    return [
+        replace(one, interaction=f"lie-{num}", call_index=7) if one.arrival_s >= BURST_S else one
+        for num, one in enumerate(requests)
+    ]
+
+
+def merged(requests: Requests, num_merged: int = 4) -> Requests:
+    """Four requests in one, so that what is counted by the request costs a quarter."""
+    groups = [requests[i : i + num_merged] for i in range(0, len(requests), num_merged)]
+    return [
+        replace(
+            group[-1],
+            num_input=sum(one.num_input for one in group),
+            num_output=(num_output := sum(one.num_output for one in group)),
+            max_output=num_output,
+        )
+        for group in groups
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,10 +265,12 @@ class Attack:
     run."""
     is_one_time: bool = False
     """What it may gain is one lead, and does not grow with time: it is compared with the bound in absolute service."""
-    window_s: tuple[float, float] = (0.0, DURATION_S)
+    window_s: tuple[float, float] = (WARM_UP_S, DURATION_S)
     """In which service is counted."""
     client_limit: int | None = None
-    """Of throttling, where the policy throttles: requests a minute."""
+    """Of throttling, where the policy throttles: requests a minute. Fair is 56."""
+    expected: Mapping[str, float] = field(default_factory=dict)
+    """Policy wsc: what the operator says of applications."""
 
     def arrivals(self, seed: int, *, honest: bool, knows_tenants: bool = True) -> Requests:
         """Without tenants the keys of one are strangers to each other."""
@@ -259,29 +286,35 @@ def useful_input(record: RequestRecord) -> int:
     return 0 if AGAIN in record.arrival.request_id else record.num_input
 
 
-ALL = ("fcfs", "rpm", "published", "vtc", "vtc+mean")
-ON_LABELS = ("published wsc", "wsc")
+NO_NAMES = ("rpm", "published", "vtc", "vtc+mean")
+ALL = ("fcfs", *NO_NAMES)
+LENGTHS = ("vtc", "vtc+mean")
+LABELS = ("published wsc", "wsc")
 
 _LATER = (BURST_S, DURATION_S)
+_AT_ONCE = (BURST_S, BURST_S + 30)
 ATTACKS = {
     attack.name: attack
     for attack in (
         Attack("flood: four times as much", overload, flood, ALL),
         Attack("idle, then burst", overload, sleep_then_burst, ALL, is_one_time=True, window_s=_LATER),
-        Attack("idle, then burst into an empty queue", paused, sleep_then_burst, ALL, is_one_time=True, window_s=_LATER),
-        Attack(
-            "50 long requests at once", long_answers, fifty_at_once, ALL, is_one_time=True, window_s=(90.0, 120.0)
-        ),
-        Attack("sybil: 2 keys", overload, sybil(2), ALL),
-        Attack("sybil: 5 keys", overload, sybil(5), ALL),
-        Attack("sybil: 20 keys", overload, sybil(20), ALL),
+        Attack("the same into an empty queue", paused, sleep_then_burst, ALL, is_one_time=True, window_s=_LATER),
+        Attack("50 long requests at once", long_answers, fifty_at_once, ALL, is_one_time=True, window_s=_AT_ONCE),
+        Attack("sybil: 2 keys", overload, sybil(2), NO_NAMES),
+        Attack("sybil: 5 keys", overload, sybil(5), NO_NAMES),
+        Attack("sybil: 20 keys", overload, sybil(20), NO_NAMES),
         Attack("abort after prefill", long_prompts, abort_after_prefill, ALL),
         Attack("many tiny requests", overload, tiny, ALL),
         Attack("max_tokens far too high", overload, ask_for_too_much, ALL),
         Attack("max_tokens far too low", overload, ask_for_too_little, ALL),
-        Attack("short answers, then long", overload, short_then_long, ("vtc", "vtc+mean")),
-        Attack("forged application label", applications, forge_label, ON_LABELS),
-        Attack("one endless interaction", tasks, endless_task, ON_LABELS, client_limit=60),
-        Attack("false call_index", tasks, false_index, ON_LABELS, client_limit=60),
+        Attack("short answers, then long", all_lengths, short_then_long, LENGTHS),
+        Attack("forged label", applications, forge_label, LABELS),
+        Attack("forged label, expected given", applications, forge_label, LABELS, expected={"chat":1152.,"report":4608.}),
+        Attack("four requests in one", applications, merged, LABELS),
+        Attack("four requests in one, expected given", applications, merged, LABELS, expected={"chat":1152.,"report":4608.}),
+        Attack("one endless interaction", tasks, endless_task, LABELS, client_limit=80),
+        Attack("the same, limit below the share", tasks, endless_task, LABELS, client_limit=45),
+        Attack("false call_index", tasks, false_index, LABELS, client_limit=80, window_s=_LATER),
+        Attack("false call_index 45", tasks, false_index, LABELS, client_limit=45, window_s=_LATER),
     )
 }

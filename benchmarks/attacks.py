@@ -21,7 +21,7 @@ not a rate: there the most that the attacker ever gained on a victim, from a mom
 compared with the bound 2 (U + S) of ``fairness/bounds.py`` as that run measured it, seed by seed.
 
 ``published`` and ``published wsc`` are VTC and FairServe by the rules of their authors' code (``published.py``). rpm is
-FCFS behind 60 requests a minute. Under ours, keys of one tenant are named tenant/key; the other policies know no
+FCFS behind 50 requests a minute. Under ours, keys of one tenant are named tenant/key; the other policies know no
 tenants. Labels and lengths foretold matter to some policies only: ``-`` stands where an attack changes nothing.
 """
 
@@ -69,7 +69,7 @@ SAMPLE_S = 0.5
 OURS = ("vtc", "vtc+mean", "wsc")
 COLUMNS: dict[str, dict[str, Any]] = {
     "fcfs": {"policy": "fcfs"},
-    "rpm": {"policy": "rpm", "rpm_limit": 60},
+    "rpm": {"policy": "rpm", "rpm_limit": 50},
     "published": {},
     "vtc": {},
     "vtc+mean": {"prediction": "moving_mean"},
@@ -99,8 +99,9 @@ class Seen:
     num_preempted: int
 
 
-def setup_of(column: str, seed: int, client_limit: int | None = None) -> ClusterSetup:
-    fairness = FairnessConfig.model_validate({**COLUMNS[column], "throttle": {"client_limit": client_limit}})
+def setup_of(column: str, seed: int, attack: Attack) -> ClusterSetup:
+    settings = {"throttle": {"client_limit": attack.client_limit}, "expected_service": dict(attack.expected)}
+    fairness = FairnessConfig.model_validate({**COLUMNS[column], **settings})
     policies: dict[str, type[Policy]] = {"published": PublishedVtc, "published wsc": PublishedWsc}
 
     def make_policy() -> Policy:
@@ -144,7 +145,7 @@ class Job:
     def run(self) -> Seen:
         attack = ATTACKS[self.attack]
         arrivals = attack.arrivals(self.seed, honest=self.honest, knows_tenants=self.column in OURS)
-        record = simulate(setup_of(self.column, self.seed, attack.client_limit), arrivals)
+        record = simulate(setup_of(self.column, self.seed, attack), arrivals)
         return look(record, attack.window_s)
 
 

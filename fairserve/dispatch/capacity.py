@@ -42,6 +42,10 @@ class ReplicaRoom:
         return self.free_slots - len(self.unconfirmed)
 
     @property
+    def entry(self) -> _Entry:
+        return (self.reserved_tokens - self.free_kv_tokens, len(self.unconfirmed) - self.free_slots, self.name)
+
+    @property
     def num_requests(self) -> int:
         """Running, waiting or on their way there."""
         return self.num_running + self.num_waiting + len(self.unconfirmed)
@@ -127,7 +131,7 @@ class Capacity:
                 self._asleep[name] = None
                 heapq.heappop(heap)
                 continue
-            true = (-room.room_tokens, -room.room_slots, name)
+            true = room.entry
             if true == entry:
                 return room
             self._entries[name] = (true, listed[1])
@@ -141,13 +145,13 @@ class Capacity:
 
     def _changed(self, room: ReplicaRoom) -> None:
         """See to it that the replica stands in the right heap, and not behind where its numbers put it."""
-        name, slots = room.name, room.room_slots
+        name, entry = room.name, room.entry
         if self._asleep:
             self._asleep.pop(name, None)
-        if slots + self._lookahead <= 0:
+        if entry[1] >= self._lookahead:
             self._entries.pop(name, None)
             return
-        entry, only_queues = (-room.room_tokens, -slots, name), slots <= 0
+        only_queues = entry[1] >= 0
         listed = self._entries.get(name)
         if listed is not None and listed[1] == only_queues and listed[0] <= entry:
             return
@@ -208,6 +212,6 @@ class Capacity:
             assert listed == (room.room_slots + self._lookahead > 0), room
         for name, (entry, only_queues) in self._entries.items():
             room = self._rooms[name]
-            assert entry <= (-room.room_tokens, -room.room_slots, name), room
+            assert entry <= room.entry == (-room.room_tokens, -room.room_slots, name), room
             assert only_queues == (room.room_slots <= 0), room
             assert any(entry is one for one in self._heaps[only_queues]), room

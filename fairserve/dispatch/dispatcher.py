@@ -187,7 +187,7 @@ class Dispatcher:
         self.num_lifts += rise > 0
         if self._log is not None:
             self._log.submitted(submit, rise, now_s)
-        self.watch.observe({client})
+        self.watch.observe_one(client)
         return None
 
     def _waits_again(self, submit: Submit, now_s: float) -> None:
@@ -365,7 +365,7 @@ class Dispatcher:
         self._placement.placed(submit, room, input_service)
         waited_s = now_s - waiting.arrived_s
         self.door.granted(client, waited_s, now_s)
-        self.watch.observe({client})
+        self.watch.observe_one(client)
         if self._log is not None:
             self._log.granted(lease, self.queue.counter(client), waited_s, now_s)
         self._sessions[waiting.router].put(Grant(request_id, room.name, waited_s, self.num_granted))
@@ -402,7 +402,7 @@ class Dispatcher:
             if submit.interaction:
                 num_tokens = submit.num_input + lease.num_output if lease is not None and lease.has_started else 0
                 self.interactions.ended(submit.client, submit.interaction, request_id, num_tokens, now_s)
-            self.watch.observe({submit.client})
+            self.watch.observe_one(submit.client)
         return waiting
 
     # -- time -------------------------------------------------------------------------------------------------------
@@ -438,7 +438,7 @@ class Dispatcher:
             self._waits_again(waiting.submit, now_s)
             rise = self.queue.arrive(waiting.submit.client, request_id, waiting, waiting.arrived_s)
             self.num_lifts += rise > 0
-            self.watch.observe({waiting.submit.client})
+            self.watch.observe_one(waiting.submit.client)
 
     def _lose_replica(self, replica: str, now_s: float) -> None:
         """It died or began anew: what it never confirmed waits again; the rest is over, the router will say more.

@@ -17,7 +17,8 @@ class DrainRate:
         self._since_s: float | None = None
 
     def count(self, now_s: float, num: int = 1) -> None:
-        self._decay(now_s)
+        if now_s != self._at_s:
+            self._decay(now_s)
         self._weight += num
 
     def per_s(self, now_s: float) -> float:
@@ -31,9 +32,8 @@ class DrainRate:
     def _decay(self, now_s: float) -> None:
         if self._at_s is None:
             self._at_s = self._since_s = now_s
-        if now_s != self._at_s:
-            self._weight *= math.exp((self._at_s - now_s) / self._tau_s)
-            self._at_s = now_s
+        self._weight *= math.exp((self._at_s - now_s) / self._tau_s)
+        self._at_s = now_s
 
 
 def retry_after_s(num_ahead: int, rate_per_s: float, *, least_s: float = 1.0, most_s: float = 600.0) -> float:

@@ -27,7 +27,7 @@ class _Sum:
     num_output: int = 0
     service: float = 0.0
 
-    def add(self, more: Totals) -> None:
+    def add(self, more: Totals | _Sum) -> None:
         self.num_input += more.num_input
         self.num_cached += more.num_cached
         self.num_output += more.num_output
@@ -45,13 +45,17 @@ class Ledger:
     def __init__(self, max_books: int = 10_000) -> None:
         self._books: dict[tuple[str, int], _Book] = {}
         self._totals: dict[str, _Sum] = {}
-        self._client_totals: dict[str, _Sum] = {}
+        self._with_application: dict[str, list[str]] = {}
+        """client -> those of its accounts that name an application."""
         self._max_books = max_books
 
     def totals(self, client: str) -> Totals:
         """Everything this client has received, over all replicas that ever reported."""
-        total = self._client_totals.get(client)
-        return NOTHING if total is None else total.totals()
+        whole = _Sum()
+        for account in (client, *self._with_application.get(client, ())):
+            if account in self._totals:
+                whole.add(self._totals[account])
+        return whole.totals()
 
     def accounts(self) -> Mapping[str, Totals]:
         """The same, by account."""
@@ -78,7 +82,7 @@ class Ledger:
         for account, totals in report.totals.items():
             is_new = account not in book.totals
             had = book.totals.get(account, NOTHING)
-            if totals != had:
+            if totals.service != had.service or totals != had:
                 difference = totals - had
                 book.totals[account] = totals
                 self._add(account, difference)
@@ -89,11 +93,12 @@ class Ledger:
         return added
 
     def _add(self, account: str, difference: Totals) -> None:
-        for sums, key in ((self._totals, account), (self._client_totals, client_of(account))):
-            total = sums.get(key)
-            if total is None:
-                total = sums[key] = _Sum()
-            total.add(difference)
+        total = self._totals.get(account)
+        if total is None:
+            total = self._totals[account] = _Sum()
+            if (client := client_of(account)) != account:
+                self._with_application.setdefault(client, []).append(account)
+        total.add(difference)
 
     def dump(self) -> dict[str, Any]:
         """Plain values for a snapshot."""
@@ -107,7 +112,7 @@ class Ledger:
 
     def load(self, data: Mapping[str, Any]) -> None:
         """Take over what :meth:`dump` gave."""
-        self._totals, self._client_totals = {}, {}
+        self._totals, self._with_application = {}, {}
         for account, row in data["totals"].items():
             self._add(account, Totals(*row))
         self._books = {

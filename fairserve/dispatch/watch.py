@@ -84,10 +84,18 @@ class Watch:
                     changed[group] = {}
                 changed[group][node] = self.service.get(node, 0.0)
         for group, service in changed.items():
-            gaps = self.gaps.get(group)
-            if gaps is None:
-                gaps = self.gaps[group] = GapMonitor()
-            gaps.observe(service, self._queue.is_waiting)
+            self._gaps(group).observe(service, self._queue.is_waiting)
+
+    def observe_one(self, client: str) -> None:
+        """The same for one client: its nodes are of different groups."""
+        for node in path_of(client):
+            self._gaps(group_of(node)).observe({node: self.service.get(node, 0.0)}, self._queue.is_waiting)
+
+    def _gaps(self, group: str) -> GapMonitor:
+        gaps = self.gaps.get(group)
+        if gaps is None:
+            gaps = self.gaps[group] = GapMonitor()
+        return gaps
 
     def _bounds(self, group: str) -> BoundTracker:
         bounds = self.bounds.get(group)

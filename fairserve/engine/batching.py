@@ -35,15 +35,19 @@ class Sequence:
     num_refunded: int = 0
     num_cached: int = 0
     """Prompt tokens that came from the prefix cache."""
+    num_input: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.num_input = self.request.num_input
 
     @property
     def num_tokens(self) -> int:
-        return self.request.num_input + len(self.output)
+        return self.num_input + len(self.output)
 
     @property
     def num_pending(self) -> int:
         """Tokens to compute before the next can be sampled: 1 for a decode."""
-        return self.num_tokens - self.num_computed
+        return self.num_input + len(self.output) - self.num_computed
 
     @property
     def usage(self) -> Usage:
@@ -51,7 +55,9 @@ class Sequence:
 
     def tokens(self, start: int, end: int) -> tuple[int, ...]:
         """Prompt and output tokens at positions [start, end)."""
-        num_input = self.request.num_input
+        num_input = self.num_input
+        if start >= num_input:
+            return tuple(self.output[start - num_input : end - num_input])
         head = self.request.prompt_token_ids[start:end]
         return (*head, *self.output[max(0, start - num_input) : max(0, end - num_input)])
 
@@ -145,8 +151,11 @@ class Batcher:
         admits = not num_preempted
         if admits:
             num_preempted = self._give_way()
-        decodes = [s for s in self._running.values() if s.num_pending == 1 and s.num_computed > 0]
-        prefills = [s for s in self._running.values() if not (s.num_pending == 1 and s.num_computed > 0)]
+        decodes: list[Sequence] = []
+        prefills: list[Sequence] = []
+        for sequence in self._running.values():
+            is_decode = sequence.num_computed > 0 and sequence.num_pending == 1
+            (decodes if is_decode else prefills).append(sequence)
         budget = self._budget - len(decodes)
         chunks = []
         for sequence in prefills:
@@ -170,9 +179,9 @@ class Batcher:
             sequence = self._running.get(chunk.request_id)
             if sequence is None:
                 continue
-            sequence.num_computed = chunk.end
-            computed = min(chunk.end, sequence.request.num_input)
-            sequence.num_input_computed = max(sequence.num_input_computed, computed)
+            end = sequence.num_computed = chunk.end
+            if sequence.num_input_computed < sequence.num_input:
+                sequence.num_input_computed = max(sequence.num_input_computed, min(end, sequence.num_input))
             if chunk.samples and chunk.request_id in sampled:
                 sequence.output.append(sampled[chunk.request_id])
                 self._account.output(chunk.request_id, 1)
@@ -215,7 +224,10 @@ class Batcher:
 
     def _make_room_for_decodes(self) -> int:
         num_preempted = 0
-        for sequence in sorted(self._running.values(), key=lambda s: s.age):
+        kv = self._kv
+        growing = [s for s in self._running.values() if kv.num_missing(s.request.request_id, s.num_tokens) > 0]
+        growing.sort(key=lambda s: s.age)
+        for sequence in growing:
             request_id = sequence.request.request_id
             if request_id not in self._running:
                 continue  # preempted for an older one

@@ -49,6 +49,10 @@ class KVBlocks:
         """Blocks this sequence holds; 0 for a stranger."""
         return len(self._tables.get(request_id, ()))
 
+    def num_missing(self, request_id: str, num_tokens: int) -> int:
+        """Blocks that this sequence lacks for ``num_tokens`` tokens in all; not positive where it holds enough."""
+        return -(-num_tokens // self.block_size) - len(self._tables.get(request_id, ()))
+
     def can_hold(self, request_id: str, num_tokens: int) -> bool:
         """May this sequence (known or new) hold ``num_tokens`` tokens in all?"""
         return self.blocks_for(num_tokens) - self.num_held(request_id) <= self._num_free

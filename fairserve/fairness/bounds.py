@@ -129,22 +129,31 @@ class GapMonitor:
 
     def observe(self, service: Mapping[str, float], is_waiting: Callable[[str], bool]) -> None:
         """``service``: service / weight so far of the clients whose value or waiting state may have changed."""
-        changed = []
+        joined, changed = [], []
+        watched = self._watched
         for client, value in service.items():
             if not is_waiting(client):
                 self._left(client)
-            elif client in self._watched:
-                if self._watched[client] != value:
-                    self._watched[client] = value
-                    changed.append(client)
-            elif len(self._watched) < self._max_clients:
-                self._watched[client] = value
-                self._lead[client] = {}
-                changed.append(client)
+            elif client in watched:
+                if watched[client] != value:
+                    changed.append((client, value < watched[client]))
+                    watched[client] = value
+            elif len(watched) < self._max_clients:
+                watched[client] = value
+                joined.append(client)
             else:
                 self.num_unwatched += 1
-        for client in changed:
-            self._compare(client)
+        for client in joined:
+            self._join(client)
+        for client, has_fallen in changed:
+            self._compare(client, has_fallen)
+
+    def _join(self, client: str) -> None:
+        mine, leads = self._watched[client], dict[str, float]()
+        for other in self._lead:
+            leads[other] = mine - self._watched[other]
+            self._lead[other][client] = -leads[other]
+        self._lead[client] = leads
 
     def _left(self, client: str) -> None:
         """The client stopped waiting: its intervals end."""
@@ -152,26 +161,23 @@ class GapMonitor:
             for other in self._lead.pop(client):
                 del self._lead[other][client]
 
-    def _compare(self, client: str) -> None:
-        mine, leads, worst = self._watched[client], self._lead[client], self.worst
-        for other, theirs in self._watched.items():
-            if other == client:
-                continue
-            lead = mine - theirs
-            if other not in leads:
-                leads[other], self._lead[other][client] = lead, -lead
-                continue
-            theirs_over_mine = self._lead[other]
-            if lead > leads[other]:
-                leads[other] = lead
-            elif -lead > theirs_over_mine[client]:
-                theirs_over_mine[client] = -lead
-            else:
-                continue
-            gap = leads[other] + theirs_over_mine[client]
-            if gap > worst:
-                worst = self.worst = gap
-                self.worst_pair = (client, other) if client < other else (other, client)
+    def _compare(self, client: str, has_fallen: bool) -> None:
+        """Its own leads may have grown; those of the others over it only if its service fell (a refund)."""
+        watched, leads = self._watched, self._lead[client]
+        mine = watched[client]
+        for other, most in leads.items():
+            lead = mine - watched[other]
+            if lead > most:
+                self._widen(client, other, lead)
+            elif has_fallen and -lead > self._lead[other][client]:
+                self._widen(other, client, -lead)
+
+    def _widen(self, ahead: str, behind: str, lead: float) -> None:
+        self._lead[ahead][behind] = lead
+        gap = lead + self._lead[behind][ahead]
+        if gap > self.worst:
+            self.worst = gap
+            self.worst_pair = (ahead, behind) if ahead < behind else (behind, ahead)
 
 
 def jain(values: Collection[float]) -> float:

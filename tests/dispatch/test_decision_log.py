@@ -151,8 +151,9 @@ def test_repeated_calls_and_reports_are_logged_once(desk: Desk, log: DecisionLog
 @pytest.mark.parametrize("loss", [0.0, 0.2])
 def test_a_log_tells_every_submit_grant_refusal_and_finish_of_a_run(lines: Lines, policy: str, loss: float) -> None:
     rng = random.Random(3)
+    prediction = "none" if loss else "moving_mean"
     cluster = BatchCluster(
-        FairnessConfig(policy=policy, prediction="moving_mean", rpm_limit=15, throttle=ThrottleConfig(client_limit=5)),
+        FairnessConfig(policy=policy, prediction=prediction, rpm_limit=15, throttle=ThrottleConfig(client_limit=5)),
         DispatchConfig(
             lookahead=1, reserve_output_tokens=None, prefix_block_tokens=BLOCK, max_waiting_per_client=12, lease_s=600.0
         ),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fairserve.config import CostConfig, DispatchConfig, FairnessConfig
 from fairserve.dispatch.dispatcher import Dispatcher
-from fairserve.dispatch.messages import StepReport
+from fairserve.dispatch.messages import StepReport, Totals
 from fairserve.fairness.catalog import make_policy
 from fairserve.fairness.cost import CostFunction, KvTokenTime, ProfiledQuadratic, WeightedTokens
 from fairserve.fairness.hierarchy import path_of
@@ -239,8 +239,6 @@ def test_any_cost_function_is_settled_to_what_was_served(foretelling: MakeDesk, 
 
 def replace_total(report: StepReport, client: str, cost: CostFunction, num_input: int, num_output: int) -> StepReport:
     """The kit's voice adds up costs of parts; here the cost is not a sum."""
-    from fairserve.dispatch.messages import Totals
-
     total = Totals(num_input, 0, num_output, cost.service(num_input, num_output))
     return replace(report, totals={client: total})
 
