@@ -24,7 +24,7 @@ INPUT, OUTPUT = (512, 1536), (16, 112)
 CAPACITY = 3.5
 """Ordinary requests per second that the cluster finishes."""
 SHARES = {"modest-0": 0.1, "modest-1": 0.1, "busy-0": 0.5, "busy-1": 0.5, ATTACKER: 0.55}
-"""What each client asks for, over what the cluster can give. Fair among these: 0.1 to the modest, 0.27 to the others."""
+"""What each asks for, over what the cluster can give. Fair among these: 0.1 to the modest, 0.27 to the others."""
 WARM_UP_S = 30.0
 """Whoever asks for more has more of the idle cluster's room, once; by then nobody has it any longer."""
 BURST_S = 90.0
@@ -79,9 +79,9 @@ def all_lengths(seed: str) -> World:
 
 
 def applications(seed: str) -> World:
-    """busy-0 writes reports, four times as large as what the others chat; the attacker chats."""
+    """busy-0 writes reports, twice as large as what the others chat; the attacker chats."""
     world = _world(seed)
-    reports = _client(f"{seed} reports", "busy-0", SHARES["busy-0"], (2048, 6144), (64, 448), application="report")
+    reports = _client(f"{seed} reports", "busy-0", SHARES["busy-0"], (1024, 3072), (32, 224), application="report")
     chats = [replace(one, application="chat") for one in world.victims if one.client != "busy-0"]
     return World(merge(reports, chats), [replace(one, application="chat") for one in world.attacker])
 
@@ -255,6 +255,9 @@ def merged(requests: Requests, num_merged: int = 4) -> Requests:
     ]
 
 
+Surroundings = tuple[Callable[[str], World], int | None, tuple[tuple[str, float], ...]]
+
+
 @dataclass(frozen=True, slots=True)
 class Attack:
     name: str
@@ -271,6 +274,13 @@ class Attack:
     """Of throttling, where the policy throttles: requests a minute. Fair is 56."""
     expected: Mapping[str, float] = field(default_factory=dict)
     """Policy wsc: what the operator says of applications."""
+    known: str = ""
+    """Why ours does not hold, where that is known."""
+
+    @property
+    def surroundings(self) -> Surroundings:
+        """Attacks that share it share the honest run."""
+        return self.world, self.client_limit, tuple(self.expected.items())
 
     def arrivals(self, seed: int, *, honest: bool, knows_tenants: bool = True) -> Requests:
         """Without tenants the keys of one are strangers to each other."""
@@ -291,6 +301,10 @@ ALL = ("fcfs", *NO_NAMES)
 LENGTHS = ("vtc", "vtc+mean")
 LABELS = ("published wsc", "wsc")
 
+EXPECTED = {"chat": 1152.0, "report": 2304.0}
+LEARNED = "what an application is worth is learned from all its requests, so whoever may use the label moves it"
+THROTTLE = "the calls of a begun interaction are never throttled (300 calls or 600 s of one id), and victims are"
+
 _LATER = (BURST_S, DURATION_S)
 _AT_ONCE = (BURST_S, BURST_S + 30)
 ATTACKS = {
@@ -308,13 +322,12 @@ ATTACKS = {
         Attack("max_tokens far too high", overload, ask_for_too_much, ALL),
         Attack("max_tokens far too low", overload, ask_for_too_little, ALL),
         Attack("short answers, then long", all_lengths, short_then_long, LENGTHS),
-        Attack("forged label", applications, forge_label, LABELS),
-        Attack("forged label, expected given", applications, forge_label, LABELS, expected={"chat":1152.,"report":4608.}),
-        Attack("four requests in one", applications, merged, LABELS),
-        Attack("four requests in one, expected given", applications, merged, LABELS, expected={"chat":1152.,"report":4608.}),
-        Attack("one endless interaction", tasks, endless_task, LABELS, client_limit=80),
-        Attack("the same, limit below the share", tasks, endless_task, LABELS, client_limit=45),
+        Attack("forged label", applications, forge_label, LABELS, known=LEARNED),
+        Attack("the same, expected_service given", applications, forge_label, ("wsc",), expected=EXPECTED),
+        Attack("four requests in one", applications, merged, LABELS, known=LEARNED),
+        Attack("the same four, expected_service given", applications, merged, ("wsc",), expected=EXPECTED),
         Attack("false call_index", tasks, false_index, LABELS, client_limit=80, window_s=_LATER),
-        Attack("false call_index 45", tasks, false_index, LABELS, client_limit=45, window_s=_LATER),
+        Attack("one endless interaction", tasks, endless_task, LABELS, client_limit=80),
+        Attack("the same, limit below the share", tasks, endless_task, LABELS, client_limit=45, known=THROTTLE),
     )
 }

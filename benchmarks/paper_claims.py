@@ -127,7 +127,7 @@ def refusals(result: CaseResult) -> Iterator[Claim]:
         text = ", ".join(f"{row} {ours:.0f} (published {published:.0f})" for row, (published, ours) in rows.items())
         right = all(abs(published - ours) <= REFUSED_TOLERANCE for published, ours in rows.values())
         yield Claim(f"refused of 1,500: {text}", right)
-    if result.has("rpm(5)", "vtc"):
+    if result.has("rpm(5)", "vtc") and not result.is_synthetic:
         ratio = result.mean("rpm(5)", "tokens_per_s") / result.mean("vtc", "tokens_per_s")
         yield Claim(f"tokens/s of rpm(5) over VTC: {ratio:.1%} (published: 43.7%)", ratio < 0.5)
 

@@ -1,7 +1,7 @@
 """VTC and FairServe by the rules of their authors' own code, for comparison. Nothing here serves anybody.
 
-Both run on this project's queue, replicas and protocol: the authors' engines are one process each, and a cluster of them
-would share no counters at all (``benchmarks.skew``). So what differs is their rules alone, and these flatter them.
+Both run on this project's queue, replicas and protocol: the authors' engines are one process each, and a cluster of
+such would share no counters at all (``benchmarks.skew``). So their rules alone are compared, under the best conditions.
 
 VTC (arXiv 2401.00588; Ying1123/VTC-artifact at 192c2e2, ``vtc_req_queue.py`` and ``manager.py``):
 
@@ -23,7 +23,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fairserve.dispatch.limits import DispatchLimits
-from fairserve.dispatch.messages import NOTHING, Totals
 from fairserve.dispatch.replica_book import LocalBook
 from fairserve.engine.request import GenerateRequest
 from fairserve.fairness.cost import WeightedTokens
@@ -57,15 +56,14 @@ class FirstTokenFree:
 
 
 class _Book(LocalBook[GenerateRequest]):
-    """Charges beside what the cost function says."""
+    """Charges beside what the cost function says, for requests that have started."""
 
     def surcharge(self, request_id: str, service: float) -> None:
         entry = self._open[request_id]
-        account, client = entry.account, entry.client
-        self._totals[account] = self._totals.get(account, NOTHING) + Totals(service=service)
-        self._service[client] = self._service.get(client, 0.0) + service
-        self._changed.add(account)
-        self._queue.charge(client, service)
+        self._totals[entry.account].service += service
+        self._service[entry.client] += service
+        self._changed.add(entry.account)
+        self._queue.charge(entry.client, service)
 
 
 class PublishedVtcBook(_Book):
@@ -131,5 +129,6 @@ class PublishedWscBook(_Book):
 
     def finished(self, request_id: str) -> None:
         entry = self._open[request_id]
-        self.surcharge(request_id, TOKENS.service(entry.num_input, entry.num_output, entry.num_cached))
+        if entry.num_input:
+            self.surcharge(request_id, TOKENS.service(entry.num_input, entry.num_output, entry.num_cached))
         super().finished(request_id)

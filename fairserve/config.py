@@ -92,7 +92,7 @@ class FairnessConfig(Strict):
     first. d2lpm: dlpm, and a client stays with the replica that knows its prefixes for a quantum. lcf: vtc without the
     lift. fcfs: order of arrival. rpm: order of arrival, at most rpm_limit requests a minute per client. round_robin:
     one request of each client in turn."""
-    prediction: Literal["none", "moving_mean", "foretold"] = "none"
+    prediction: Literal["none", "moving_mean", "foretold"] = "moving_mean"
     """What a request is charged for its output when it is picked, settled as it is generated. none: nothing.
     moving_mean: what its client's (and application's) answers have come to of late. foretold: what the request says;
     for simulations."""
@@ -238,7 +238,7 @@ class ApiKey(Strict):
     applications: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,64}$")], ...] = ()
     """Application labels that callers with this key may send (X-Fairserve-Application), each 1-64 of
     A-Z a-z 0-9 . _ : -. A label changes how service is compared under policy wsc, so callers do not choose it freely:
-    any other is refused. A single one also holds for callers who send none; with none here, labels are ignored."""
+    any other is refused, and the first also holds for callers who send none. With none here, labels are ignored."""
 
     @model_validator(mode="after")
     def _applications_differ(self) -> ApiKey:

@@ -10,11 +10,11 @@ Given in both places they must be equal. An interaction is one user task, often 
 the client only, and the index is a hint. The application is a claim, and as policy ``wsc`` compares service by
 application, a claim is worth what the operator made of it:
 
-- a key that registers applications may send one of them, anything else is refused; with one registered, that is also
-  the application of callers who send none;
+- a key that registers applications may send one of them, anything else is refused; callers who send none get the
+  first, so that leaving the label out is no way round it;
 - a key that registers none has no application, and what its callers send is ignored, as it is in open mode;
 - a trusted gateway may send any, and so must not pass on what its own callers send. Where it sends none, the client
-  that it names has its single registered one, if any.
+  that it names has its first registered one, if any.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def labels_of(headers: Headers, metadata: Mapping[str, str], client: Client) -> 
 def _allowed(asked: str | None, client: Client) -> str:
     known = client.applications
     if asked is None:
-        return known[0] if len(known) == 1 else ""
+        return known[0] if known else ""
     if client.is_gateway or asked in known:
         return asked
     if known:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fairserve.dispatch.messages import NOTHING, StepReport, Totals
+from fairserve.dispatch.sums import Sum
 from fairserve.fairness.accounts import client_of
 
 
@@ -18,25 +19,6 @@ class _Book:
     totals: dict[str, Totals] = field(default_factory=dict)
 
 
-@dataclass(slots=True)
-class _Sum:
-    """``Totals`` that grow in place."""
-
-    num_input: int = 0
-    num_cached: int = 0
-    num_output: int = 0
-    service: float = 0.0
-
-    def add(self, more: Totals | _Sum) -> None:
-        self.num_input += more.num_input
-        self.num_cached += more.num_cached
-        self.num_output += more.num_output
-        self.service += more.service
-
-    def totals(self) -> Totals:
-        return Totals(self.num_input, self.num_cached, self.num_output, self.service)
-
-
 class Ledger:
     """Applies differences of cumulative totals, kept per account (client and application): a lost report is made good
     by the next, a repeated or overtaken one changes nothing. Books of dead incarnations are kept, so that a late report
@@ -44,14 +26,14 @@ class Ledger:
 
     def __init__(self, max_books: int = 10_000) -> None:
         self._books: dict[tuple[str, int], _Book] = {}
-        self._totals: dict[str, _Sum] = {}
+        self._totals: dict[str, Sum] = {}
         self._with_application: dict[str, list[str]] = {}
         """client -> those of its accounts that name an application."""
         self._max_books = max_books
 
     def totals(self, client: str) -> Totals:
         """Everything this client has received, over all replicas that ever reported."""
-        whole = _Sum()
+        whole = Sum()
         for account in (client, *self._with_application.get(client, ())):
             if account in self._totals:
                 whole.add(self._totals[account])
@@ -95,7 +77,7 @@ class Ledger:
     def _add(self, account: str, difference: Totals) -> None:
         total = self._totals.get(account)
         if total is None:
-            total = self._totals[account] = _Sum()
+            total = self._totals[account] = Sum()
             if (client := client_of(account)) != account:
                 self._with_application.setdefault(client, []).append(account)
         total.add(difference)
@@ -125,5 +107,5 @@ class Ledger:
             assert totals.num_input >= totals.num_cached >= 0 and totals.num_output >= 0, (client, totals)
 
 
-def _row(totals: Totals | _Sum) -> list[float]:
+def _row(totals: Totals | Sum) -> list[float]:
     return [totals.num_input, totals.num_cached, totals.num_output, totals.service]

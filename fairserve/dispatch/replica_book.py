@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
-from fairserve.dispatch.messages import NOTHING, ReportReply, StepReport, Totals
+from fairserve.dispatch.messages import ReportReply, StepReport, Totals
+from fairserve.dispatch.sums import Sum
 from fairserve.fairness.accounts import account_of, client_of
 from fairserve.fairness.cost import CostFunction
 from fairserve.fairness.policy import Policy
@@ -81,7 +82,7 @@ class LocalBook(Generic[Request]):
         self._tracks_outputs = tracks_outputs
         self._open: dict[str, _Open] = {}
         self._num_open: dict[str, int] = {}
-        self._totals: dict[str, Totals] = {}
+        self._totals: dict[str, Sum] = {}
         self._service: dict[str, float] = {}
         self._changed: set[str] = set()
         self._received: list[str] = []
@@ -168,13 +169,18 @@ class LocalBook(Generic[Request]):
         entry.num_cached += num_cached
         entry.num_output += num_output
         service = self._cost.service(entry.num_input, entry.num_output, entry.num_cached)
-        step = Totals(num_input, num_cached, num_output, service - entry.service)
-        entry.service = service
+        amount, entry.service = service - entry.service, service
         client, account = entry.client, entry.account
-        self._totals[account] = self._totals.get(account, NOTHING) + step
-        self._service[client] = self._service.get(client, 0.0) + step.service
+        total = self._totals.get(account)
+        if total is None:
+            total = self._totals[account] = Sum()
+        total.num_input += num_input
+        total.num_cached += num_cached
+        total.num_output += num_output
+        total.service += amount
+        self._service[client] = self._service.get(client, 0.0) + amount
         self._changed.add(account)
-        self._queue.charge(client, step.service)
+        self._queue.charge(client, amount)
 
     # -- exchange with the reporter -----------------------------------------------------------------------------------
 
@@ -182,7 +188,7 @@ class LocalBook(Generic[Request]):
         """What changed since the last call."""
         clients = {client_of(account) for account in self._changed}
         events = BookEvents(
-            totals={account: self._totals[account] for account in self._changed},
+            totals={account: self._totals[account].totals() for account in self._changed},
             service={client: self._service[client] for client in clients},
             received=tuple(self._received),
             started=tuple(self._started),

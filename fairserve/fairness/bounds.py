@@ -46,6 +46,7 @@ the bounds by the most that each death cost one client.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from math import inf
 
 
 class BoundTracker:
@@ -113,9 +114,10 @@ class GapMonitor:
     """The worst service gap among pairs of clients, over intervals in which both wait throughout.
 
     For each pair it keeps the greatest lead of either over the other since both wait; the worst gap of any
-    sub-interval is the sum of the two. Cost per observation: (clients that changed) x (clients watched), the latter at
-    most ``max_clients``; further clients are watched once there is room, and :attr:`num_unwatched` counts the
-    observations that were passed over.
+    sub-interval is the sum of the two. Cost per observation: at most (clients that changed) x (clients watched), the
+    latter at most ``max_clients``; a client that is still below where its service last could not set a record costs
+    nothing. Further clients are watched once there is room, and :attr:`num_unwatched` counts the observations that were
+    passed over.
     """
 
     def __init__(self, max_clients: int = 64) -> None:
@@ -123,6 +125,8 @@ class GapMonitor:
         self._watched: dict[str, float] = {}
         self._lead: dict[str, dict[str, float]] = {}
         """``_lead[a][b]``: the most that service of a minus service of b has been; ``_lead[b]`` has the same keys."""
+        self._safe: dict[str, float] = {}
+        """Up to this service, no lead of the client over anybody can be a new most."""
         self.worst = 0.0
         self.worst_pair: tuple[str, str] | None = None
         self.num_unwatched = 0
@@ -153,24 +157,34 @@ class GapMonitor:
         for other in self._lead:
             leads[other] = mine - self._watched[other]
             self._lead[other][client] = -leads[other]
-        self._lead[client] = leads
+            self._safe[other] = -inf
+        self._lead[client], self._safe[client] = leads, -inf
 
     def _left(self, client: str) -> None:
         """The client stopped waiting: its intervals end."""
         if self._watched.pop(client, None) is not None:
+            del self._safe[client]
             for other in self._lead.pop(client):
                 del self._lead[other][client]
 
     def _compare(self, client: str, has_fallen: bool) -> None:
         """Its own leads may have grown; those of the others over it only if its service fell (a refund)."""
-        watched, leads = self._watched, self._lead[client]
+        watched, leads, safe = self._watched, self._lead[client], inf
         mine = watched[client]
+        if mine <= self._safe[client] and not has_fallen:
+            return
         for other, most in leads.items():
-            lead = mine - watched[other]
-            if lead > most:
-                self._widen(client, other, lead)
-            elif has_fallen and -lead > self._lead[other][client]:
-                self._widen(other, client, -lead)
+            theirs = watched[other]
+            if mine - theirs > most:
+                most = mine - theirs
+                self._widen(client, other, most)
+            if has_fallen:
+                self._safe[other] = -inf
+                if theirs - mine > self._lead[other][client]:
+                    self._widen(other, client, theirs - mine)
+            if theirs + most < safe:
+                safe = theirs + most
+        self._safe[client] = safe
 
     def _widen(self, ahead: str, behind: str, lead: float) -> None:
         self._lead[ahead][behind] = lead

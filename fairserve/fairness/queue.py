@@ -273,10 +273,16 @@ class FairQueue(Generic[Item]):
 
     def charge(self, client: str, service: float, rates: Amounts | None = None) -> None:
         """Add ``service`` (negative gives back) times ``rates`` to the counters along the path."""
-        path = path_of(client)
-        for node, rate in zip(path, self.rates(client) if rates is None else rates, strict=True):
-            self.table.add(node, service * rate)
-        self._reorder(client)
+        path, table = path_of(client), self.table
+        if rates is None:
+            for node in path:
+                table.add(node, service * (1.0 / table.weight(node)))
+        else:
+            for node, rate in zip(path, rates, strict=True):
+                table.add(node, service * rate)
+        for node in reversed(path):
+            if self.is_waiting(node):
+                self._order(node)
 
     def set_counter(self, node: str, counter: float) -> None:
         """Of a client or a group."""

@@ -46,8 +46,8 @@ class Wsc(Vtc):
 
     def price(self, client: str, application: str) -> float:
         """Typical service of all requests / expected service of this one's application: 1 on average, so that counters
-        remain service."""
-        if not self._typical:
+        remain service. Requests of no application pay for what they cost."""
+        if not application or not self._typical:
             return 1.0
         expected = self._given.get(application, self._mean.get(application, self._typical))
         own = self._own.get((client, application), expected)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from fairserve.errors import ConfigError
 from fairserve.simulate.chart import draw
 from fairserve.simulate.measures import measure
 from fairserve.simulate.records import Arrival, RunRecord
-from fairserve.simulate.replay import Recorded, changes, read_decisions
+from fairserve.simulate.replay import UNTOLD, Recorded, changes, read_decisions
 from fairserve.simulate.report import as_json, render_table, write
 from fairserve.simulate.run import run, with_policy
 from fairserve.simulate.scenario import BUILTIN, Scenario, read_scenario
@@ -67,25 +67,42 @@ def simulate_command(
     if num_seeds < 1 or num_processes < 1:
         raise ConfigError(f"at least one seed and one process are needed, not {num_seeds} and {num_processes}")
     base = read_scenario(source, overrides)
-    recorded = read_decisions(replay) if replay is not None else None
+    recorded = None if replay is None else read_decisions(replay, base.dispatch.prefix_block_tokens)
     if recorded is not None:
         base = base.model_copy(update={"name": recorded.live.scenario, "duration_s": recorded.live.duration_s})
     scenarios = [with_policy(base, word) for word in policies] or [base]
     arrivals = None if recorded is None else recorded.arrivals
     jobs = [Job(scenario, base.seed + i, arrivals) for scenario in scenarios for i in range(num_seeds)]
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
+        _make_folder(out)
     records = run_jobs(jobs, num_processes)
     groups = [records[i : i + num_seeds] for i in range(0, len(records), num_seeds)]
     summaries = [summarise([measure(record) for record in group]) for group in groups]
     if recorded is not None:
-        summaries.insert(0, summarise([measure(recorded.live)]))
-    parts = [render_table(summaries)]
+        summaries.insert(0, _told(recorded))
+    parts = [render_table(summaries).rstrip()]
     if recorded is not None:
         parts += [_what_changed(recorded, group[0]) for group in groups]
+    if recorded is not None and recorded.num_unknown:
+        num = f"{recorded.num_unknown} of {len(recorded.arrivals)} requests"
+        parts.append(f"{num} have no answer of known length in the log: taken to run to max_tokens")
     if out is not None:
         parts.append(_keep(out, base, summaries, [group[0] for group in groups]))
     return "\n\n".join(parts)
+
+
+def _make_folder(out: Path) -> None:
+    """Before the runs, which may take long."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot make the folder {out}: {error.strerror}") from error
+
+
+def _told(recorded: Recorded) -> Summary:
+    """What really happened; nothing in place of a figure that the log cannot give."""
+    summary = summarise([measure(recorded.live)])
+    return replace(summary, figures={key: None if key in UNTOLD else value for key, value in summary.figures.items()})
 
 
 def _keep(out: Path, base: Scenario, summaries: Sequence[Summary], first_runs: Sequence[RunRecord]) -> str:
@@ -108,6 +125,4 @@ def _what_changed(recorded: Recorded, other: RunRecord) -> str:
         rows.append((client, f"{change['num']:.0f}", *waits))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    if recorded.num_without_end:
-        lines.append(f"{recorded.num_without_end} requests had no end in the log: taken to run to max_tokens")
     return "\n".join(lines)

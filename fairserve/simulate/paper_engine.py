@@ -32,7 +32,7 @@ from fairserve.fairness.accounts import account_of
 from fairserve.simulate.paper_memory import MAX_RUNNING, PaperCapacity
 from fairserve.simulate.records import Arrival, RequestRecord, RunRecord
 from fairserve.simulate.setup import StepSeconds
-from fairserve.simulate.step_time import Origin, StepTime
+from fairserve.simulate.step_time import PRESETS
 from fairserve.simulate.step_time import jitter as step_factor
 
 DECODE_STEPS = 10
@@ -41,20 +41,7 @@ SAMPLE_S = 5.0
 """Seconds between samples of ``RunRecord.service``."""
 REPLICA, ROUTER = "a10g", "door"
 
-STEP_TIME = StepTime(
-    base_s=0.0302,
-    per_decode_s=0.172e-3,
-    per_context_token_s=0.81e-6,
-    prefill_base_s=0.0101,
-    per_prefill_token_s=0.2315e-3,
-    origin=Origin(
-        kind="fitted",
-        source="to the time from first to last token of every request of 17 published runs, batches of 5 to 60: "
-        "the mean of each run comes out within 2.5 %, of one (increase) within 5.2 %",
-        model="Llama-2-7B",
-    ),
-)
-"""A10G with S-LoRA. Reading the weights alone takes 22 ms there, launching S-LoRA's kernels some 30 ms."""
+STEP_TIME = PRESETS["a10g-slora-llama2-7b"]
 
 MakeDispatcher = Callable[[Capacity], Dispatcher]
 """A new dispatcher, at epoch 1, that asks the given capacity."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Sequence
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from fairserve.assembly import make_cost, make_dispatcher, make_local_book, policy_of
 from fairserve.config import FairnessConfig
@@ -17,47 +18,61 @@ from fairserve.simulate.cluster import simulate
 from fairserve.simulate.paper_engine import simulate_paper
 from fairserve.simulate.records import PREFIX_BLOCK, Arrival, RunRecord
 from fairserve.simulate.scenario import Scenario
-from fairserve.simulate.setup import ClusterSetup, Placement
+from fairserve.simulate.scenario_cluster import ClusterConfig
+from fairserve.simulate.setup import ClusterSetup
 
 ORACLE_NOISE = 0.5
 """Of the noisy oracle: a length n is foretold as anything in [n / 2, 3 n / 2] (arXiv 2401.00588, section 5)."""
 
 
+_WORD = re.compile(
+    r"(?P<policy>\w+)(\((?P<limit>[0-9]+)\))?(\+(?P<prediction>\w+))?(\s*@\s*(?P<placement>\w+))?", re.ASCII
+)
+
+
 def label_of(scenario: Scenario) -> str:
-    """How the run's row is called: policy, prediction, and where requests wait when that is not the authority."""
+    """How the run's row is called: policy, prediction, and where requests wait when that is not the authority, who
+    alone predicts."""
     fairness, cluster = scenario.fairness, scenario.cluster
     label: str = fairness.policy
     if fairness.policy == "rpm":
         label += f"({fairness.rpm_limit})"
-    if fairness.prediction != "none":
-        label += f"+{fairness.prediction}"
-    return label if cluster.placement == "central" else f"{label} @ {cluster.placement}"
+    if cluster.placement != "central":
+        return f"{label} @ {cluster.placement}"
+    return label if fairness.prediction == "none" else f"{label}+{fairness.prediction}"
 
 
 def with_policy(scenario: Scenario, word: str) -> Scenario:
-    """The scenario under another policy: ``vtc``, ``vtc+moving_mean``, ``rpm(20)``, ``vtc@round_robin``.
+    """The scenario under another policy: ``vtc``, ``vtc+moving_mean``, ``rpm(20)``, ``vtc@round_robin``. A word without
+    a prediction means none; without a placement, the scenario's.
 
     Raises:
-        ConfigError: no such policy, prediction or placement.
+        ConfigError: no such policy, prediction or placement, or one that does not go with the scenario.
     """
-    name, _, placement = word.partition("@")
-    name, _, prediction = name.strip().partition("+")
-    name, _, limit = name.rstrip(")").partition("(")
-    fairness = scenario.fairness.model_dump() | {"policy": name, "prediction": prediction or "none"}
-    if limit:
-        if name != "rpm" or not limit.isdigit():
-            raise ConfigError(f"{word!r}: only rpm takes a number, its requests a minute, as in rpm(20)")
-        fairness["rpm_limit"] = int(limit)
-    cluster = scenario.cluster
+    parts = _WORD.fullmatch(word.strip())
+    if parts is None:
+        raise ConfigError(f"policy {word!r} is not like vtc, vtc+moving_mean, rpm(20) or vtc@round_robin")
+    fairness = scenario.fairness.model_dump() | {
+        "policy": parts["policy"],
+        "prediction": parts["prediction"] or "none",
+    }
+    if parts["limit"]:
+        if parts["policy"] != "rpm":
+            raise ConfigError(f"policy {word!r}: only rpm takes a number, its requests a minute, as in rpm(20)")
+        fairness["rpm_limit"] = int(parts["limit"])
+    cluster = dict(scenario.cluster)
+    if parts["placement"]:
+        cluster["placement"] = parts["placement"]
     try:
-        changed = FairnessConfig.model_validate(fairness)
-        if placement:
-            cluster = cluster.model_copy(
-                update={"placement": TypeAdapter(Placement).validate_python(placement.strip())}
-            )
+        changed = Scenario.model_validate(
+            dict(scenario)
+            | {"fairness": FairnessConfig.model_validate(fairness), "cluster": ClusterConfig.model_validate(cluster)}
+        )
     except ValidationError as error:
         raise ConfigError(f"policy {word!r}: {mistakes(error)}") from None
-    return scenario.model_copy(update={"fairness": changed, "cluster": cluster})
+    if parts["prediction"] not in (None, "none") and changed.cluster.placement != "central":
+        raise ConfigError(f"policy {word!r}: only the authority predicts, with placement central")
+    return changed
 
 
 def oracle(noise: float, seed: int) -> Callable[[Arrival], int | None]:
@@ -82,8 +97,13 @@ def run(
     """Simulate. ``arrivals`` replaces the scenario's workload; ``noise`` is that of prediction ``foretold``.
 
     Raises:
-        ConfigError: a workload that cannot be made, or a request that no replica could hold.
+        ConfigError: a workload that cannot be made, a request that no replica could hold, or policy rpm where requests
+            do not pass the authority: nobody would be refused.
     """
+    if scenario.fairness.policy == "rpm" and scenario.cluster.placement != "central":
+        raise ConfigError(
+            f"policy rpm refuses at the authority: placement must be central, not {scenario.cluster.placement}"
+        )
     seed = scenario.seed if seed is None else seed
     requests = list(scenario.arrivals(seed) if arrivals is None else arrivals)
     foretell = oracle(noise, seed) if scenario.fairness.prediction == "foretold" else None

@@ -188,8 +188,8 @@ async def test_an_application_that_the_key_does_not_register_is_refused_with_tho
     assert backend.requests == []
 
 
-@pytest.mark.parametrize(("key", "default"), [(ONE, "chat"), (BOT, ""), (PLAIN, "")], ids=["one", "two", "none"])
-async def test_only_a_single_registered_application_holds_for_callers_who_send_none(
+@pytest.mark.parametrize(("key", "default"), [(ONE, "chat"), (BOT, "chat"), (PLAIN, "")], ids=["one", "two", "none"])
+async def test_the_first_registered_application_holds_for_callers_who_send_none(
     make_service: ServiceMaker, backend: ScriptedBackend, key: dict[str, Any], default: str
 ) -> None:
     async with http_of(app_of(make_service(keys=[key])), authorization=f"Bearer {key['key']}") as http:
@@ -212,7 +212,7 @@ async def test_without_a_registered_application_the_label_is_ignored_but_not_the
     [
         ("acme/ops/ann", "anything", "anything"),
         ("acme/ops/ann", None, "chat"),
-        ("acme/bots/bot", None, ""),
+        ("acme/bots/bot", None, "chat"),
         ("new/client", "anything", "anything"),
         ("new/client", None, ""),
         (None, "anything", "anything"),

@@ -166,6 +166,7 @@ def test_refusals_are_counted_against_the_published_ones() -> None:
     assert list(texts(made(918), "refused of").values()) == [True]
     assert list(texts(made(900), "refused of").values()) == [False]
     assert texts(made(918), "rpm(5) over VTC") == {"tokens/s of rpm(5) over VTC: 43.6% (published: 43.7%)": True}
+    assert texts(replace(made(900), is_synthetic=True), "rpm(5)") == {}
 
 
 def test_nothing_published_is_set_beside_a_synthetic_arena() -> None:

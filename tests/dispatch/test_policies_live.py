@@ -203,14 +203,14 @@ def test_under_wsc_an_interaction_under_way_goes_first_within_the_grace_and_unti
     router, replica = wsc.router(), wsc.replica("r0", slots=1)
 
     def picks(num: int) -> list[str]:
-        """One after the other through the only slot, ten tokens each."""
+        """One after the other through the only slot, a hundred tokens each."""
         found = []
         for _ in range(num):
             replica.report()
             (request_id,) = wsc.dispatcher.leases
             client = wsc.dispatcher.leases.get(request_id).waiting.submit.client  # type: ignore[union-attr]
             done = {"received": (request_id,), "started": (request_id,), "finished": (request_id,)}
-            replica.report(**done, served={client: (10, 0)}, free_slots=0)
+            replica.report(**done, served={client: (100, 0)}, free_slots=0)
             found.append(client)
         return found
 

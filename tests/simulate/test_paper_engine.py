@@ -15,7 +15,7 @@ from fairserve.assembly import make_dispatcher
 from fairserve.config import DispatchConfig, FairnessConfig
 from fairserve.dispatch.capacity import Capacity
 from fairserve.dispatch.dispatcher import Dispatcher
-from fairserve.dispatch.messages import Totals
+from fairserve.dispatch.messages import ReportReply, StepReport, Totals
 from fairserve.errors import ConfigError
 from fairserve.simulate.measures import measure
 from fairserve.simulate.paper_engine import DECODE_STEPS, STEP_TIME, simulate_paper
@@ -43,6 +43,26 @@ class Made:
         dispatch = DispatchConfig(lookahead=0, reserve_output_tokens=None)
         self.dispatcher = make_dispatcher(self._fairness, dispatch, epoch=1, capacity=capacity)
         return self.dispatcher
+
+
+class Heard(Made):
+    """Notes what the dispatcher is told: the newest totals and outputs, and each time that a request's was named."""
+
+    def __call__(self, capacity: Capacity) -> Dispatcher:
+        self.totals: dict[str, Totals] = {}
+        self.outputs: dict[str, int] = {}
+        self.named: list[str] = []
+        dispatcher = super().__call__(capacity)
+        take = dispatcher.report
+
+        def report(made: StepReport, now_s: float) -> ReportReply:
+            self.totals.update(made.totals)
+            self.outputs.update(made.outputs)
+            self.named += made.outputs
+            return take(made, now_s)
+
+        dispatcher.report = report  # type: ignore[method-assign]
+        return dispatcher
 
 
 def request(name: str, arrival_s: float = 0.0, client: str = "ann", size: tuple[int, int] = (10, 20)) -> Arrival:
@@ -124,9 +144,17 @@ def test_nothing_is_added_before_ten_decode_steps_and_then_everything_that_fits_
 
 
 def test_after_ten_steps_memory_that_gets_free_is_given_away_before_the_next_step() -> None:
-    """Room for one request at a time: each is added the moment its predecessor ends, not a multiple of ten later."""
-    run = serve([request(name, size=(10, 14)) for name in "abc"], kv_tokens=32 + 24 + 2)
-    assert [record.granted_s for record in run.requests] == [0.0, 14.0, 28.0]
+    """Room for one request beside the long one: the next is added when its predecessor ends, not six steps later."""
+    long, *others = request("long", size=(10, 100)), request("a", size=(500, 14)), request("b", size=(500, 14))
+    run = serve([long, *others], kv_tokens=800)
+    assert [record.granted_s for record in run.requests] == [0.0, 0.0, 14.0]
+
+
+def test_whatever_was_picked_in_a_round_counts_for_the_rest_of_it() -> None:
+    """11 + 11 tokens held, 19 each to come: 60; and 32 for each client."""
+    both = [request("a"), request("b", client="bob")]
+    for kv_tokens, granted_s in ((60 + 64, [0.0, 11.0]), (60 + 64 + 1, [0.0, 0.0])):
+        assert [record.granted_s for record in serve(both, kv_tokens=kv_tokens).requests] == granted_s
 
 
 def test_the_prompts_of_one_prefill_batch_are_limited() -> None:
@@ -172,8 +200,19 @@ def test_every_token_is_charged_once_under_every_policy(policy: str, prediction:
     assert len(make.dispatcher.leases) == 0
 
 
+@pytest.mark.parametrize("tracks_outputs", [True, False])
+def test_how_much_a_request_made_is_reported_when_it_ends(tracks_outputs: bool) -> None:
+    heard = Heard()
+    serve([request("a", size=(10, 7)), request("b", size=(10, 15))], heard, tracks_outputs=tracks_outputs)
+    assert heard.outputs == {"a": 7, "b": 15}
+    assert heard.named == (["a", "b", "b"] if tracks_outputs else ["a", "b"])
+
+
 def test_outputs_matter_only_to_a_dispatcher_that_predicts() -> None:
-    plain = [serve(crowd(60), kv_tokens=3_000, tracks_outputs=tracks).requests for tracks in (True, False)]
+    plain = [
+        serve(crowd(60), Made("vtc", prediction="none"), kv_tokens=3_000, tracks_outputs=tracks).requests
+        for tracks in (True, False)
+    ]
     assert plain[0] == plain[1]
 
 
@@ -203,16 +242,9 @@ def test_a_flood_does_not_shut_out_a_client_that_comes_and_goes() -> None:
 
 
 def test_applications_have_accounts_of_their_own() -> None:
-    heard: dict[str, Totals] = {}
-
-    def make(capacity: Capacity) -> Dispatcher:
-        dispatcher = Made()(capacity)
-        report = dispatcher.report
-        dispatcher.report = lambda made, now_s: (heard.update(made.totals), report(made, now_s))[1]  # type: ignore
-        return dispatcher
-
-    serve([replace(request("a"), application="chat"), request("b", size=(5, 7))], make)
-    assert heard == {"ann|chat": Totals(10, 0, 20, 50.0), "ann": Totals(5, 0, 7, 19.0)}
+    heard = Heard()
+    serve([replace(request("a"), application="chat"), request("b", size=(5, 7))], heard)
+    assert heard.totals == {"ann|chat": Totals(10, 0, 20, 50.0), "ann": Totals(5, 0, 7, 19.0)}
 
 
 def test_samples_of_service_rise_to_all_that_was_served() -> None:

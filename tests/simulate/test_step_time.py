@@ -99,6 +99,7 @@ def test_every_preset_says_where_it_comes_from() -> None:
     kinds = {name: made.origin.kind for name, made in PRESETS.items() if made.origin is not None}
     assert kinds == {
         "a10g-llama2-7b": "fitted",
+        "a10g-slora-llama2-7b": "fitted",
         "a100-llama2-7b": "estimated",
         "a100-llama2-13b": "estimated",
         "h200-llama3-8b": "estimated",
@@ -116,7 +117,7 @@ def test_the_cpu_preset_was_measured_well() -> None:
 
 
 def test_a_name_that_is_neither_preset_nor_file_is_refused_with_the_names() -> None:
-    with pytest.raises(ConfigError, match=r"'h100'.*\.json.*a10g-llama2-7b, a100-llama2-7b"):
+    with pytest.raises(ConfigError, match=r"'h100'.*\.json.*a10g-llama2-7b, a10g-slora-llama2-7b, a100-llama2-7b"):
         StepTime.named("h100")
 
 
