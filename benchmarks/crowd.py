@@ -91,7 +91,7 @@ class Crowd:
         self.grants, self.submits = Work(), Work()
         self.started, self.steps, self.finished = Work(), Work(), Work()
         self._rng = random.Random(seed)
-        self.dispatcher = _dispatcher(size.policy)
+        self.dispatcher = dispatcher_of(size.policy)
         self._seqs: dict[str, int] = {}
         self._acks: dict[str, int] = {}
         self._totals: list[dict[str, Totals]] = [{} for _ in range(size.num_replicas)]
@@ -241,9 +241,10 @@ class Crowd:
         self.now_s += 0.03
 
 
-def _dispatcher(policy: str) -> Dispatcher:
+def dispatcher_of(policy: str) -> Dispatcher:
+    """An authority whose queue is never full and whose patience never ends."""
     name, _, prediction = policy.partition("+")
     fairness = FairnessConfig.model_validate({"policy": name, "prediction": prediction or "none"})
-    limits = {"lookahead": 0, "max_waiting": 10**8, "max_waiting_per_client": 10**8, "replica_stale_s": 10**6}
-    dispatch = DispatchConfig.model_validate(limits | {"replica_dead_s": 10**7, "router_dead_s": 10**7, "lease_s": 10**6})
-    return make_dispatcher(fairness, dispatch, epoch=1)
+    limits = {"lookahead": 0, "max_waiting": 10**8, "max_waiting_per_client": 10**8}
+    patience = {"replica_stale_s": 10**6, "replica_dead_s": 10**7, "router_dead_s": 10**7, "lease_s": 10**6}
+    return make_dispatcher(fairness, DispatchConfig.model_validate(limits | patience), epoch=1)

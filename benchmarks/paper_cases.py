@@ -32,7 +32,7 @@ class Row:
 
 
 def _row(name: str, *, noise: float | None = None, **fairness: Any) -> Row:
-    return Row(name, FairnessConfig.model_validate(fairness), noise)
+    return Row(name, FairnessConfig.model_validate({"prediction": "none"} | fairness), noise)
 
 
 RPM = {f"rpm({limit})": _row(f"rpm({limit})", policy="rpm", rpm_limit=limit) for limit in (5, 10, 15, 20, 30)}
@@ -50,7 +50,7 @@ SCHEDULERS: Mapping[str, Row] = {
         _row("vtc+moving_mean", policy="vtc", prediction="moving_mean"),
         _row("vtc+oracle(50%)", policy="vtc", prediction="foretold", noise=0.5),
         _row("vtc+oracle", policy="vtc", prediction="foretold", noise=0.0),
-        _row("default"),
+        Row("default", FairnessConfig()),
     )
 }
 """By name. ``default`` is fairserve as it comes; the oracle of ``vtc+oracle(50%)`` is wrong by up to 50 %."""

@@ -120,7 +120,7 @@ class DispatchConfig(Strict):
     lookahead: Annotated[int, Field(ge=0)] = 1
     """Requests granted to a replica beyond its running slots, so that a freed slot is refilled without a round
     trip to the counter actor. `benchmarks.lookahead` measures it: 1 is the smallest that keeps replicas busy."""
-    reserve_output_tokens: Annotated[int, Field(ge=0)] | None = 512
+    reserve_output_tokens: Annotated[int, Field(ge=0)] | None = 128
     """KV tokens reserved at the grant for the output of a request: min(max_tokens, this). A request that outgrows it
     may be preempted and recomputed (never charged twice). null reserves all of max_tokens: then a replica never runs
     out of KV blocks, at the price of a smaller batch."""

@@ -183,9 +183,10 @@ class Capacity:
 
     def reserve(self, replica: str, request_id: str, need_tokens: int) -> None:
         room = self._rooms[replica]
-        room.unconfirmed[request_id] = min(need_tokens, room.kv_capacity_tokens)
-        room.reserved_tokens += room.unconfirmed[request_id]
-        self._changed(room)
+        reserved = room.unconfirmed[request_id] = min(need_tokens, room.kv_capacity_tokens)
+        room.reserved_tokens += reserved
+        if room.room_slots <= 0:  # else its entry is only too good now
+            self._changed(room)
 
     def release(self, replica: str, request_id: str) -> None:
         """The request is in the replica's own numbers now, or will not come; no effect when it is not reserved."""

@@ -324,6 +324,8 @@ class Dispatcher:
         """Grant while the head of the policy's order fits somewhere; the first that does not stops all (no skipping:
         the bound needs it)."""
         placement = self._placement
+        if placement.is_full(now_s):
+            return
         while (waiting := placement.next()) is not None:
             submit = waiting.submit
             need = placement.need_tokens(submit)

@@ -29,8 +29,14 @@ class Placement:
         window = self._queue.policy.window
         if window <= 1:
             return self._queue.peek()
-        front = self._queue.front(window, MATCHED_REQUESTS)
-        return max(front, key=lambda waiting: self._prefixes.num_longest(waiting.submit.prefix), default=None)
+        longest, most = None, -1
+        for waiting in self._queue.front(window, MATCHED_REQUESTS):
+            prefix = waiting.submit.prefix
+            if len(prefix) * self._limits.prefix_block_tokens > most:
+                num_matched = self._prefixes.num_longest(prefix)
+                if num_matched > most:
+                    longest, most = waiting, num_matched
+        return longest
 
     def need_tokens(self, submit: Submit) -> int:
         """KV tokens to reserve for it."""
@@ -55,6 +61,10 @@ class Placement:
         if chosen is None:
             chosen = max(places, key=lambda place: (place.num_matched, place.replica == roomiest.name)).replica
         return rooms[chosen]
+
+    def is_full(self, now_s: float) -> bool:
+        """No replica can take even the smallest request, and nobody would give way: nothing needs to be picked."""
+        return self._limits.preempt_gap is None and self._capacity.best_for(1, now_s) is None
 
     def room_over(self, client: str, now_s: float) -> ReplicaRoom | None:
         """Where somebody who is more than ``preempt_gap`` ahead of this client would give way; None for nowhere."""

@@ -57,7 +57,9 @@ class PrefixMap:
     def num_longest(self, prefix: Sequence[int]) -> int:
         """Leading tokens known at the replica that knows most. O(log n): a block known anywhere was granted together
         with all before it, and of one prompt the first blocks are forgotten last."""
-        low, high = 0, len(prefix)
+        if not prefix or prefix[0] not in self._at:
+            return 0
+        low, high = 1, len(prefix)
         while low < high:
             middle = (low + high + 1) // 2
             if prefix[middle - 1] in self._at:

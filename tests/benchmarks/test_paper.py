@@ -195,12 +195,12 @@ def test_the_command_prints_writes_and_exits_by_its_statements(
     kind = replace(TINY, published={}, departs={})
     monkeypatch.setitem(CASES, "tiny", kind)  # type: ignore[misc]
     monkeypatch.setattr(paper_claims, "LEAST_GAIN", 0.5)
-    words = ["--workloads", "tiny", "--policies", "fcfs,default,drr", "--seeds", "2", "--jobs", "1", "--out"]
+    words = ["--workloads", "tiny", "--policies", "fcfs,vtc,default,drr", "--seeds", "2", "--jobs", "1", "--out"]
     assert main([*words, str(tmp_path / "new")]) == 0
     printed = capsys.readouterr().out
     assert "holds  average difference:" in printed and "MISSED" not in printed
     data = json.loads((tmp_path / "new" / "paper.json").read_text())
-    assert set(data["cases"]["tiny"]["rows"]) == {"fcfs", "drr", twin_of_default() or "default"}
+    assert set(data["cases"]["tiny"]["rows"]) == {"fcfs", "vtc", "drr", twin_of_default() or "default"}
     row = data["cases"]["tiny"]["rows"]["fcfs"]
     assert len(row["average_difference_by_seed"]) == 2 and row["figures"]["tokens_per_s"]["mean"] > 0
     assert data["machine"]["cores"] >= 1
