@@ -25,8 +25,8 @@ BATCH = 32
 """Submits in one call of a router."""
 NUM_ROUTERS = 16
 USERS_PER_TEAM, TEAMS_PER_ORGANISATION = 20, 10
-PREFIX_BLOCKS = 32
-"""Of every prompt, where the policy looks at prefixes."""
+PREFIX_BLOCKS = 8
+"""Of every prompt, where the policy looks at prefixes: 512 tokens by the default ``prefix_block_tokens``."""
 MAX_OUTPUT = 256
 
 

@@ -7,11 +7,11 @@ pause for more than the replicas give: ``answers``, short prompts with answers o
 prompts of 1,000 to 3,000 and answers of 128 to 256. The modest one sends 40 short requests every 30 s. When a burst
 comes, every slot is the greedy client's, and without preemption what runs runs to its end.
 
-**The bound with a gap of G.** Terms as in ``fairness/bounds.py``. Let g be ahead of the level at time t, and t0 the last
-moment at which it was ahead by at most max(G, P), P being the largest charge of one grant. There is one: when g is picked
-it stands at the level, and P above it afterwards; when it is lifted it comes to the level. After t0 it is not picked, so
-its counter rises only by the output of requests that were granted before. While it is ahead by more than G and the
-head of the queue has no room, every replica that runs requests of the most served client is granted one request over
+**The bound with a gap of G.** Terms as in ``fairness/bounds.py``. Let g be ahead of the level at time t, and t0 the
+last moment at which it was ahead by at most max(G, P), P being the largest charge of one grant. There is one: when g is
+picked it stands at the level, and P above it afterwards; when it is lifted it comes to the level. After t0 it is not
+picked, so its counter rises only by the output of requests that were granted before. While it is ahead by more than G
+and the head of the queue has no room, every replica that runs requests of the most served client is granted one request over
 the top. That request arrives during the next step, and starts in the one after it, in place of (at least) the youngest
 request that is more than G ahead; the replica says so when that step ends, and gets the next. So the i-th request to
 give way on a replica makes at most 2 i tokens after t0 (one of them in the step that took g over the gap), and n of
@@ -19,8 +19,8 @@ them n (n + 1). With
 
     R = w_q * sum over replicas of n (n + 1),  n the requests that one replica runs at the same time,
 
-no counter is more than X = min(U, max(G, P) + R) + D above the level, and the bounds of ``fairness/bounds.py`` hold with
-X in place of U + D: two clients that wait throughout an interval differ by at most 2 (X + S).
+no counter is more than X = min(U, max(G, P) + R) + D above the level, and the bounds of ``fairness/bounds.py`` hold
+with X in place of U + D: two clients that wait throughout an interval differ by at most 2 (X + S).
 
 Assumed beyond what is assumed there: a report after every step, delays well below a step's length, and that whatever is
 more than G ahead on a replica holds room enough for the head (a head with a long prompt may find too little, and then
@@ -42,7 +42,7 @@ import json
 import random
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -188,7 +188,7 @@ class Job:
         )
 
 
-COLUMNS = {
+COLUMNS: dict[str, Callable[[list[Row]], str]] = {
     "worst gap": lambda rows: f"{max(row.worst_gap for row in rows):,.0f}",
     "2 (X + S)": lambda rows: f"{max(row.bound_with_gap for row in rows):,.0f}",
     "2 (U + S)": lambda rows: f"{max(row.bound for row in rows):,.0f}",
@@ -217,7 +217,8 @@ def table(rows: Sequence[Row]) -> str:
             row
         )
     lines = [("greedy asks", "prediction", "preempt_gap", *COLUMNS)]
-    lines += [(*key, *(text(group) for text in COLUMNS.values())) for key, group in groups.items()]
+    for key, group in groups.items():
+        lines.append((*key, *[text(group) for text in COLUMNS.values()]))
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 

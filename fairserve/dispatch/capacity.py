@@ -211,8 +211,9 @@ class Capacity:
             assert room.reserved_tokens == sum(room.unconfirmed.values()), room
             listed = room.name in self._entries or room.name in self._asleep
             assert listed == (room.room_slots + self._lookahead > 0), room
+        standing = [set(map(id, heap)) for heap in self._heaps]
         for name, (entry, only_queues) in self._entries.items():
             room = self._rooms[name]
             assert entry <= room.entry == (-room.room_tokens, -room.room_slots, name), room
             assert only_queues == (room.room_slots <= 0), room
-            assert any(entry is one for one in self._heaps[only_queues]), room
+            assert id(entry) in standing[only_queues], room
