@@ -8,14 +8,14 @@ prompts of 1,000 to 3,000 and answers of 128 to 256. The modest one sends 40 sho
 comes, every slot is the greedy client's, and without preemption what runs runs to its end.
 
 **The bound with a gap of G.** Terms as in ``fairness/bounds.py``. Let g be ahead of the level at time t, and t0 the
-last moment at which it was ahead by at most max(G, P), P being the largest charge of one grant. There is one: when g is
-picked it stands at the level, and P above it afterwards; when it is lifted it comes to the level. After t0 it is not
-picked, so its counter rises only by the output of requests that were granted before. While it is ahead by more than G
-and the head of the queue has no room, every replica that runs requests of the most served client is granted one request over
-the top. That request arrives during the next step, and starts in the one after it, in place of (at least) the youngest
-request that is more than G ahead; the replica says so when that step ends, and gets the next. So the i-th request to
-give way on a replica makes at most 2 i tokens after t0 (one of them in the step that took g over the gap), and n of
-them n (n + 1). With
+last moment at which it was ahead by at most max(G, P), P being the largest charge of one grant. There is one: when g
+is picked it stands at the level, and P above it afterwards; when it is lifted it comes to the level. After t0 it is
+not picked, so its counter rises only by the output of requests that were granted before. While it is ahead by more
+than G and the head of the queue has no room, every replica that runs requests of the most served client is granted
+one request over the top. That request arrives during the next step, and starts in the one after it, in place of (at
+least) the youngest request that is more than G ahead; the replica says so when that step ends, and gets the next. So
+the i-th request to give way on a replica makes at most 2 i tokens after t0 (one of them in the step that took g over
+the gap), and n of them n (n + 1). With
 
     R = w_q * sum over replicas of n (n + 1),  n the requests that one replica runs at the same time,
 
