@@ -1,115 +1,103 @@
-"""What does one authority buy, on 2, 8 and 64 replicas? Per-replica queues behind load balancers, and fairserve.
+"""What does one authority buy, on 2, 8 and 64 replicas? Queues of their own behind load balancers, and fairserve.
 
-    python -m benchmarks.ablation [--replicas 2 8 64] [--seeds 3] [--jobs 2] [--seconds 120]
+    python -m benchmarks.ablation [--replicas 2 8 64] [--seeds 5] [--jobs 2]
 
-The same clients, demand in proportion to the replicas, two ingresses for every eight replicas. Ingress balanced: every
-client comes in everywhere. Skewed: nine tenths of a client's requests by one ingress, its own. The systems:
+The same clients everywhere, demand in proportion to the replicas, two ingresses for every eight replicas. Ingress
+balanced: every client comes in everywhere. Skewed: nine tenths of a client's requests by one ingress, its own.
+``SYSTEMS`` lists what is compared. All of fairserve's are one Dispatcher; of its bound 2 (U + S) the measured value is
+shown.
 
-- ``vtc @ round_robin``, ``vtc @ least_loaded``: VTC on every replica by itself, each request pushed to one at once;
-- ``dlpm @ d2lpm``: D2LPM as published (arXiv 2501.14312), a deficit per client and replica at each ingress, DLPM
-  behind;
-- ``vtc``: fairserve, where requests wait at the authority. Its measured bound 2 (U + S) is printed.
-
-With one authority the gap may grow with the memory of the cluster (U, at most w_q * the sum of M) and with staleness S,
-and with nothing else. So beside the gap stand the gap over the KV tokens of all replicas, the bound over them, and the
-part of S in the bound. Without one, the gap of clients that wait at some replica all the time grows with time as well.
+With one authority the gap may grow with the memory of the cluster (U is at most w_q times M, the KV tokens of all
+replicas) and with staleness S, and with nothing else. So beside the gap stand the gap over M, the bound over M, and the
+part of S in the bound. Without one, the gap between clients that always wait somewhere grows with time, too: compare
+``--seconds 60`` with ``--seconds 240``.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe_machine
+from benchmarks.scale import table
 from fairserve.fairness.bounds import jain
 from fairserve.simulate.command import Job, run_jobs
 from fairserve.simulate.measures import measure
 from fairserve.simulate.records import RunRecord
-from fairserve.simulate.report import write
 from fairserve.simulate.run import with_policy
 from fairserve.simulate.scenario import Scenario
 from fairserve.simulate.seeds import Estimate, estimate
 
-SYSTEMS = ("vtc@round_robin", "vtc@least_loaded", "dlpm@d2lpm", "vtc")
-INGRESS = ("balanced", "skewed")
-KV_TOKENS = 10_000
-OWN_SHARE = 0.9
-"""Of a client's requests, those that come in by its own ingress when ingress is skewed."""
-GREEDY = {"gold": 4.0, "silver": 2.0, "bronze": 1.0, "longshort": 1.0}
-"""Clients that ask for more than their share in every second, and their weights: Jain's index is theirs."""
-WARM_UP_S = 20.0
-
-FIGURES = {
-    "worst_gap": "worst gap",
-    "gap_per_m": "gap / sum M",
-    "bound": "bound",
-    "bound_per_m": "bound / sum M",
-    "gap_to_bound": "gap / bound",
-    "staleness_share": "S / (U + S)",
-    "difference": "diff avg /s",
-    "jain": "Jain",
-    "tokens_per_s": "tokens/s",
-    "ttft_p50": "TTFT p50 s",
-    "ttft_p99": "TTFT p99 s",
-    "rare_ttft_p99": "rare p99 s",
-    "idle_share": "idle share",
-}
-"""Figure -> heading. ``rare``: TTFT of the client that asks for less than its share."""
-
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One system on one cluster, over its seeds."""
+class System:
+    """``word`` as ``fairserve simulate`` takes it; ``reserve``: ``dispatch.reserve_output_tokens``."""
 
-    num_replicas: int
-    ingress: str
-    system: str
-    figures: dict[str, Estimate | None]
-    runs: tuple[dict[str, float | None], ...]
+    word: str
+    reserve: int | None = None
+
+    @property
+    def is_ours(self) -> bool:
+        return "@" not in self.word
+
+
+SYSTEMS = {
+    "vtc @ round_robin": System("vtc@round_robin"),
+    "vtc @ least_loaded": System("vtc@least_loaded"),
+    "dlpm @ d2lpm": System("dlpm@d2lpm"),
+    "ours": System("vtc"),
+    "ours, reserve 128": System("vtc", 128),
+    "ours, reserve 128, predicts": System("vtc+moving_mean", 128),
+}
+"""The first three: each replica has VTC (or DLPM) of its own, and each request is pushed to one at once: to the next,
+to the one with fewest requests, or by D2LPM (arXiv 2501.14312: longest cached prefix, a deficit per client and replica
+at each ingress). ``ours``: requests wait at the authority, VTC, and all of max_tokens is reserved. ``reserve 128``:
+about half of it, so that as many run at a time as on a replica that admits by itself."""
+
+INGRESS = ("balanced", "skewed")
+OWN_SHARE = 0.9
+"""Of a client's requests, those that come in by its own ingress when ingress is skewed."""
+KV_TOKENS = 10_000
+CLIENTS = ("gold", "silver", "bronze", "longshort", "client-0", "shift", "rare")
+GREEDY = ("gold", "silver", "bronze", "longshort")
+"""Clients that ask for more than their share in every second: Jain's index is theirs."""
+WARM_UP_S = 20.0
+GROWTH = 1.1
+"""From one size of the cluster to the next: what counts as growth of the mean."""
 
 
 def clients(num_replicas: int) -> list[dict[str, Any]]:
-    """The parts of the workload; rates in requests/s. One replica serves about 1.5 such requests a second.
+    """The parts of the workload; rates in requests/s. A replica serves about 1.7 requests/s of 256 and 256 tokens.
 
-    ``longshort`` alternates: where it has an ingress to itself, one that deals its requests in turn puts all the long
-    ones on the same half of the replicas. The prompts of ``client-0`` begin with one of two documents: whoever follows
-    cached prefixes sends them all to few replicas. ``shift`` comes and goes; ``rare`` sends little, and large.
+    ``longshort`` alternates: one ingress that deals its requests in turn puts all the long ones on the same half of the
+    replicas. The prompts of ``client-0`` begin with one of two documents: whoever follows cached prefixes sends them to
+    few replicas. ``shift`` comes and goes. ``rare`` sends less than its share, and large requests.
     """
     n = float(num_replicas)
-    long = {"phase": 0.0, "num_input": 1024, "num_output": 256}
-    short = {"phase": 0.5, "num_input": 64, "num_output": 16}
-    turns = [{"kind": "even", "client": "longshort", "rate": 0.15 * n} | size for size in (long, short)]
-    shift = {"weight": 2.0, "rate": 0.6 * n, "on_s": 15.0, "off_s": 15.0, "spacing": "poisson"}
+    longshort = {"kind": "even", "client": "longshort", "rate": 0.15 * n}
+    shift = {"kind": "on_off", "client": "shift", "weight": 2.0, "on_s": 15.0, "off_s": 15.0, "spacing": "poisson"}
+    documents = {"kind": "shared_prefix", "system_tokens": 512, "num_templates": 2, "template_tokens": 512, "turns": 1}
     return [
         {"kind": "poisson", "client": "gold", "weight": 4.0, "rate": 0.9 * n},
         {"kind": "poisson", "client": "silver", "weight": 2.0, "rate": 0.5 * n},
         {"kind": "poisson", "client": "bronze", "rate": 0.4 * n},
-        *turns,
-        {
-            "kind": "shared_prefix",
-            "rates": [0.4 * n],
-            "system_tokens": 512,
-            "num_templates": 2,
-            "template_tokens": 512,
-            "turns": 1,
-            "question_tokens": [16, 64],
-            "answer_tokens": [32, 96],
-        },
-        {"kind": "on_off", "client": "shift"} | shift,
+        longshort | {"phase": 0.0, "num_input": 1024, "num_output": 256},
+        longshort | {"phase": 0.5, "num_input": 64, "num_output": 16},
+        documents | {"rates": [0.4 * n], "question_tokens": [16, 64], "answer_tokens": [32, 96]},
+        shift | {"rate": 0.6 * n},
         {"kind": "poisson", "client": "rare", "rate": 0.02 * n, "num_input": [256, 2048], "num_output": [256, 512]},
     ]
 
 
-CLIENTS = ("gold", "silver", "bronze", "longshort", "client-0", "shift", "rare")
-
-
 def scenario(num_replicas: int, ingress: str, duration_s: float) -> Scenario:
     num_ingress = max(2, num_replicas // 4)
-    skew = {client: _shares(i % num_ingress, num_ingress) for i, client in enumerate(CLIENTS)}
+    skew = {client: shares(i % num_ingress, num_ingress) for i, client in enumerate(CLIENTS)}
     return Scenario.model_validate(
         {
             "name": f"{num_replicas} replicas, {ingress}",
@@ -128,17 +116,64 @@ def scenario(num_replicas: int, ingress: str, duration_s: float) -> Scenario:
     )
 
 
-def _shares(own: int, num_ingress: int) -> list[float]:
+def shares(own: int, num_ingress: int) -> list[float]:
     """``OWN_SHARE`` by the client's own ingress, the rest evenly by the others."""
     others = (1.0 - OWN_SHARE) / (num_ingress - 1)
     return [OWN_SHARE if i == own else others for i in range(num_ingress)]
 
 
-def figures_of(record: RunRecord, num_replicas: int) -> dict[str, float | None]:
-    """By the names of ``FIGURES``. The bound is None where the system has none."""
+def job(num_replicas: int, ingress: str, system: System, seed: int, duration_s: float) -> Job:
+    base = with_policy(scenario(num_replicas, ingress, duration_s), system.word)
+    dispatch = base.dispatch.model_copy(update={"reserve_output_tokens": system.reserve})
+    return Job(base.model_copy(update={"dispatch": dispatch}), seed)
+
+
+# ---------------------------------------------------------------------------------------------------------- figures
+
+Figures = dict[str, float | None]
+"""None where a system has none, as the bound of those without an authority."""
+
+HEADINGS = {
+    "worst_gap": "worst gap",
+    "gap_per_m": "gap / M",
+    "bound": "bound",
+    "bound_per_m": "bound / M",
+    "gap_to_bound": "gap / bound",
+    "staleness_share": "S / (U + S)",
+    "difference": "diff avg /s",
+    "jain": "Jain",
+    "tokens_per_s": "tokens/s",
+    "ttft_p50": "TTFT p50 s",
+    "ttft_p99": "TTFT p99 s",
+    "rare_p50": "rare p50 s",
+    "rare_p99": "rare p99 s",
+    "idle_share": "idle share",
+}
+"""``diff``: VTC's service difference. ``rare``: TTFT of the client of that name. ``idle``: replica time without a step
+while somebody waited."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One system on one cluster, over its seeds."""
+
+    num_replicas: int
+    ingress: str
+    system: str
+    figures: dict[str, Estimate | None]
+    runs: tuple[Figures, ...]
+    """By seed."""
+
+    def mean(self, figure: str) -> float | None:
+        value = self.figures[figure]
+        return None if value is None else value.mean
+
+
+def figures_of(record: RunRecord) -> Figures:
+    """By the names of ``HEADINGS``, and ``cpu_s``."""
     measures = measure(record)
-    sum_m = num_replicas * KV_TOKENS
-    ttft, rare = measures.ttft, measures.of("rare").ttft
+    sum_m = record.num_replicas * KV_TOKENS
+    rare = next((one.ttft for one in measures.clients if one.client == "rare"), None)
     has_bound = record.bound > 0
     return {
         "worst_gap": record.worst_gap,
@@ -150,9 +185,10 @@ def figures_of(record: RunRecord, num_replicas: int) -> dict[str, float | None]:
         "difference": measures.difference.avg if measures.difference else None,
         "jain": jain_of_greedy(record),
         "tokens_per_s": measures.tokens_per_s,
-        "ttft_p50": ttft.p50 if ttft else None,
-        "ttft_p99": ttft.p99 if ttft else None,
-        "rare_ttft_p99": rare.p99 if rare else None,
+        "ttft_p50": measures.ttft.p50 if measures.ttft else None,
+        "ttft_p99": measures.ttft.p99 if measures.ttft else None,
+        "rare_p50": rare.p50 if rare else None,
+        "rare_p99": rare.p99 if rare else None,
         "idle_share": measures.idle_share,
         "wall_s": record.wall_s,
     }
@@ -160,87 +196,88 @@ def figures_of(record: RunRecord, num_replicas: int) -> dict[str, float | None]:
 
 def jain_of_greedy(record: RunRecord) -> float:
     """Jain's index of service / weight from the end of the warm-up on, among the clients that always ask for more."""
-    start = next(service for at_s, service in record.service if at_s >= min(WARM_UP_S, record.duration_s / 2))
+    start_s = min(WARM_UP_S, record.duration_s / 2)
+    start = next(service for at_s, service in record.service if at_s >= start_s)
     end = record.service[-1][1]
     return jain([end.get(client, 0.0) - start.get(client, 0.0) for client in GREEDY])
 
 
-def run_all(num_replicas: Sequence[int], num_seeds: int, num_processes: int, duration_s: float) -> list[Row]:
-    """Every system on every cluster, with every seed."""
-    places = [(size, ingress, system) for size in num_replicas for ingress in INGRESS for system in SYSTEMS]
-    jobs = [
-        Job(with_policy(scenario(size, ingress, duration_s), system), seed)
-        for size, ingress, system in places
-        for seed in range(num_seeds)
-    ]
-    records = run_jobs(jobs, num_processes)
-    rows = []
-    for i, (size, ingress, system) in enumerate(places):
-        runs = tuple(figures_of(record, size) for record in records[i * num_seeds : (i + 1) * num_seeds])
-        means = {}
-        for figure in FIGURES:
-            values = [value for run in runs if (value := run[figure]) is not None]
-            means[figure] = estimate(values) if values else None
-        rows.append(Row(size, ingress, system, means, runs))
-    return rows
+def row_of(num_replicas: int, ingress: str, system: str, records: Sequence[RunRecord]) -> Row:
+    runs = tuple(map(figures_of, records))
+    figures = {
+        name: estimate([value for run in runs if (value := run[name]) is not None]) for name in [*HEADINGS, "wall_s"]
+    }
+    return Row(num_replicas, ingress, system, figures, runs)
 
 
-def table(rows: Sequence[Row]) -> str:
-    cells = [["replicas", "ingress", "system", *FIGURES.values()]]
-    for row in rows:
-        figures = [_text(row.figures[figure]) for figure in FIGURES]
-        cells.append([str(row.num_replicas), row.ingress, row.system, *figures])
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
-    )
+# ------------------------------------------------------------------------------------------------------------ output
 
 
-def _text(value: Estimate | None) -> str:
+def render(rows: Sequence[Row]) -> str:
+    """A table for each cluster: figures down, systems across."""
+    parts = []
+    for num_replicas, ingress in dict.fromkeys((row.num_replicas, row.ingress) for row in rows):
+        mine = [row for row in rows if (row.num_replicas, row.ingress) == (num_replicas, ingress)]
+        lines = [
+            {"figure": heading} | {row.system: cell(row.figures[name]) for row in mine}
+            for name, heading in HEADINGS.items()
+        ]
+        num_seeds = len(mine[0].runs)
+        title = f"{num_replicas} replicas, ingress {ingress}, {num_seeds} seeds (mean ± 95 % interval)"
+        parts.append(title + "\n" + table(lines, {key: key for key in ("figure", *(row.system for row in mine))}))
+    return "\n".join(parts)
+
+
+def cell(value: Estimate | None) -> str:
     if value is None:
         return "-"
-    return f"{value.mean:,.0f}" if abs(value.mean) >= 100 else f"{value.mean:.3g}"
+    decimals = 0 if abs(value.mean) >= 1000 else 1 if abs(value.mean) >= 100 else 3
+    text = f"{value.mean:,.{decimals}f}"
+    return text if not value.half_width else f"{text} ± {value.half_width:,.{decimals}f}"
 
 
-def verdicts(rows: Sequence[Row]) -> list[tuple[str, bool]]:
-    """What is stated, and whether it holds."""
-    ours = [row for row in rows if row.system == "vtc"]
-    ratios = [run["gap_to_bound"] or 0.0 for row in ours for run in row.runs]
-    found = [
-        (f"worst gap within the bound in all {len(ratios)} runs: at most {max(ratios):.2f} of it", max(ratios) <= 1)
+def claims(rows: Sequence[Row]) -> list[tuple[str, bool]]:
+    """What the design promises, and whether these runs keep it."""
+    made = []
+    ours = [row for row in rows if SYSTEMS[row.system].is_ours]
+    worst = max(ours, key=lambda row: max(run["gap_to_bound"] or 0.0 for run in row.runs), default=None)
+    if worst is not None:
+        share = max(run["gap_to_bound"] or 0.0 for run in worst.runs)
+        made.append((f"no gap of ours exceeds its bound: the worst is {share:.0%} of it ({worst.system})", share <= 1))
+    for system, ingress in dict.fromkeys((row.system, row.ingress) for row in ours):
+        mine = [row for row in ours if (row.system, row.ingress) == (system, ingress)]
+        gaps = [row.mean("gap_per_m") or 0.0 for row in mine]
+        shown = ", ".join(f"{gap:.3f} on {row.num_replicas}" for gap, row in zip(gaps, mine, strict=True))
+        grows = any(more > GROWTH * less for less, more in pairwise(gaps))
+        made.append((f"{system}, {ingress}: gap / M does not grow with replicas: {shown}", not grows))
+    return made
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="ablation", description=__doc__.split("\n")[0])
+    parser.add_argument("--replicas", type=int, nargs="+", default=[2, 8, 64], help="default 2 8 64")
+    parser.add_argument("--ingress", nargs="+", choices=INGRESS, default=INGRESS)
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=120.0, help="simulated, per run (default 120)")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default 2)")
+    parser.add_argument("--out", type=Path, default=Path("out/ablation.json"))
+    options = parser.parse_args(argv)
+    settings = list(product(options.replicas, options.ingress, options.systems))
+    jobs = [job(n, i, SYSTEMS[s], 1 + k, options.seconds) for n, i, s in settings for k in range(options.seeds)]
+    records = run_jobs(jobs, options.jobs)
+    rows = [
+        row_of(*setting, records[k * options.seeds : (k + 1) * options.seeds]) for k, setting in enumerate(settings)
     ]
-    per_m = [(row.num_replicas, run["gap_per_m"] or 0.0) for row in ours for run in row.runs]
-    least, most = min(size for size, _ in per_m), max(size for size, _ in per_m)
-    small = max(gap for size, gap in per_m if size == least)
-    large = max(gap for size, gap in per_m if size == most)
-    text = f"worst gap / sum of M does not grow: {small:.3g} on {least} replicas, {large:.3g} on {most}"
-    found.append((text, large <= small))
-    return found
-
-
-def main(words: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="ablation", description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--replicas", type=int, nargs="+", default=[2, 8, 64])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=120.0, help="simulated seconds of each run")
-    parser.add_argument("--out", type=Path, default=Path("out"))
-    options = parser.parse_args(words)
-    if min(*options.replicas, options.seeds, options.jobs) < 1 or options.seconds < 60:
-        parser.error("--replicas, --seeds and --jobs must be at least 1, --seconds at least 60")
-    rows = run_all(options.replicas, options.seeds, options.jobs, options.seconds)
-    print(table(rows))
-    found = verdicts(rows)
-    for text, holds in found:
-        print("holds " if holds else "MISSED", text)
-    options.out.mkdir(parents=True, exist_ok=True)
-    settings = {"replicas": options.replicas, "seeds": options.seeds, "seconds": options.seconds}
-    results = [
-        {"replicas": row.num_replicas, "ingress": row.ingress, "system": row.system, "runs": list(row.runs)}
-        for row in rows
-    ]
-    write(options.out / "ablation.json", {"machine": describe_machine(), "settings": settings, "rows": results})
-    return 0 if all(holds for _, holds in found) else 1
+    print(render(rows))
+    kept = True
+    for text, holds in claims(rows):
+        print(f"{'kept  ' if holds else 'MISSED'}  {text}")
+        kept = kept and holds
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    results = {"machine": describe_machine(), "seconds": options.seconds, "rows": [asdict(row) for row in rows]}
+    options.out.write_text(json.dumps(results, indent=1) + "\n")
+    return 0 if kept else 1
 
 
 if __name__ == "__main__":
