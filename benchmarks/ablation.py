@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise, product
@@ -28,6 +30,7 @@ from benchmarks.machine import describe_machine
 from benchmarks.scale import table
 from fairserve.fairness.bounds import jain
 from fairserve.simulate.command import Job, run_jobs
+from fairserve.simulate.gaps import PairGaps
 from fairserve.simulate.measures import measure
 from fairserve.simulate.records import RunRecord
 from fairserve.simulate.run import with_policy
@@ -51,14 +54,15 @@ SYSTEMS = {
     "vtc @ round_robin": System("vtc@round_robin"),
     "vtc @ least_loaded": System("vtc@least_loaded"),
     "dlpm @ d2lpm": System("dlpm@d2lpm"),
-    "ours": System("vtc"),
-    "ours, reserve 128": System("vtc", 128),
-    "ours, reserve 128, predicts": System("vtc+moving_mean", 128),
+    "central, reserve all": System("vtc"),
+    "central": System("vtc", 128),
+    "ours": System("vtc+moving_mean", 128),
 }
 """The first three: each replica has VTC (or DLPM) of its own, and each request is pushed to one at once: to the next,
 to the one with fewest requests, or by D2LPM (arXiv 2501.14312: longest cached prefix, a deficit per client and replica
-at each ingress). ``ours``: requests wait at the authority, VTC, and all of max_tokens is reserved. ``reserve 128``:
-about half of it, so that as many run at a time as on a replica that admits by itself."""
+at each ingress). ``central``: requests wait at the authority, VTC, and at most 128 tokens of an answer are reserved, so
+that as many run at a time as on a replica that admits by itself; ``reserve all``: all of max_tokens. ``ours`` foretells
+lengths, too: fairserve as it comes."""
 
 INGRESS = ("balanced", "skewed")
 OWN_SHARE = 0.9
@@ -134,6 +138,7 @@ Figures = dict[str, float | None]
 """None where a system has none, as the bound of those without an authority."""
 
 HEADINGS = {
+    "gap_seen": "gap seen",
     "worst_gap": "worst gap",
     "gap_per_m": "gap / M",
     "bound": "bound",
@@ -149,8 +154,9 @@ HEADINGS = {
     "rare_p99": "rare p99 s",
     "idle_share": "idle share",
 }
-"""``diff``: VTC's service difference. ``rare``: TTFT of the client of that name. ``idle``: replica time without a step
-while somebody waited."""
+"""``gap seen``: see :func:`gap_seen`. ``worst gap``: of clients that wait at the authority, as the bound has it, or,
+where there is none, at any replica. ``diff``: VTC's service difference. ``rare``: TTFT of the client of that name.
+``idle``: replica time without a step while somebody waited."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +182,7 @@ def figures_of(record: RunRecord) -> Figures:
     rare = next((one.ttft for one in measures.clients if one.client == "rare"), None)
     has_bound = record.bound > 0
     return {
+        "gap_seen": gap_seen(record),
         "worst_gap": record.worst_gap,
         "gap_per_m": record.worst_gap / sum_m,
         "bound": record.bound if has_bound else None,
@@ -200,6 +207,31 @@ def jain_of_greedy(record: RunRecord) -> float:
     start = next(service for at_s, service in record.service if at_s >= start_s)
     end = record.service[-1][1]
     return jain([end.get(client, 0.0) - start.get(client, 0.0) for client in GREEDY])
+
+
+def gap_seen(record: RunRecord) -> float:
+    """The worst difference of service / weight between two clients over a time in which each always had a request
+    without a first token: the same yardstick for every system, read once in ``sample_s``."""
+    waits: dict[str, list[tuple[float, float]]] = {}
+    for request in record.requests:
+        begin_s = request.arrival.arrival_s
+        until_s = next((at_s for at_s in (request.first_token_s, request.finished_s) if at_s is not None), math.inf)
+        mine = waits.setdefault(request.arrival.client, [(begin_s, begin_s)])
+        if begin_s > mine[-1][1]:
+            mine.append((begin_s, until_s))
+        else:
+            mine[-1] = (mine[-1][0], max(mine[-1][1], until_s))
+    gaps = PairGaps(len(waits))
+    for (begin_s, before), (end_s, after) in pairwise(record.service):
+        for client, intervals in waits.items():
+            start_s, until_s = intervals[bisect_right(intervals, (begin_s, math.inf)) - 1]
+            always = start_s <= begin_s and until_s >= end_s
+            if client in gaps and not always:
+                gaps.leave(client)
+            elif client not in gaps and always:
+                gaps.join(client, before.get(client, 0.0))
+        gaps.move(after)
+    return gaps.worst
 
 
 def row_of(num_replicas: int, ingress: str, system: str, records: Sequence[RunRecord]) -> Row:

@@ -22,7 +22,8 @@ from benchmarks.ablation import (
     row_of,
     shares,
 )
-from fairserve.simulate.records import RunRecord
+from fairserve.config import DispatchConfig, FairnessConfig
+from fairserve.simulate.records import Arrival, RequestRecord, RunRecord
 
 SECONDS = 20.0
 
@@ -75,14 +76,14 @@ def test_long_and_short_requests_of_longshort_take_turns() -> None:
 
 
 def test_one_authority_keeps_its_bound_and_a_smaller_gap_than_replicas_by_themselves() -> None:
-    ours, alone = figures_of(run("ours", 8)), figures_of(run("vtc @ round_robin", 8))
+    ours, alone = (figures_of(run(system, 8, seconds=30.0)) for system in ("central", "vtc @ round_robin"))
     assert ours["gap_to_bound"] is not None and ours["gap_to_bound"] < 1
     assert alone["bound"] is None and alone["staleness_share"] is None
     assert (ours["worst_gap"] or 0.0) < 0.7 * (alone["worst_gap"] or 0.0)
 
 
 def test_reserving_half_of_the_answer_lets_more_run_at_a_time() -> None:
-    whole, half = figures_of(run("ours")), figures_of(run("ours, reserve 128"))
+    whole, half = (figures_of(run(system)) for system in ("central, reserve all", "central"))
     assert (half["tokens_per_s"] or 0.0) > (whole["tokens_per_s"] or 0.0)
 
 
@@ -124,3 +125,25 @@ def test_the_command_prints_systems_side_by_side_and_writes_every_seed(
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]
     assert [(row["system"], len(row["runs"])) for row in rows] == [("vtc @ round_robin", 2), ("ours", 2)]
     assert INGRESS[0] == rows[0]["ingress"]
+
+
+def test_the_gap_seen_counts_only_while_both_wait_for_a_first_token() -> None:
+    def request(client: str, arrival_s: float, first_token_s: float | None) -> RequestRecord:
+        arrival = Arrival(f"{client}{arrival_s}", arrival_s, client, 10, 10, 10)
+        return RequestRecord(arrival, first_token_s=first_token_s)
+
+    record = RunRecord("s", "vtc", 0, 6.0)
+    # ann waits from 0 to 4 and again from 5 on; bob from 1 on.
+    record.requests = [request("ann", 0.0, 2.5), request("bob", 1.0, None), request("ann", 2.0, 4.0)]
+    record.requests.append(request("ann", 5.0, None))
+    service = [(0, 0), (100, 0), (130, 0), (130, 20), (130, 25), (900, 25), (905, 25)]
+    record.service = [(float(i), {"ann": float(a), "bob": float(b)}) for i, (a, b) in enumerate(service)]
+    assert ablation.gap_seen(record) == 30.0
+    record.service[4] = (4.0, {"ann": 130.0, "bob": 75.0})
+    assert ablation.gap_seen(record) == 75.0
+
+
+def test_ours_is_fairserve_as_it_comes() -> None:
+    scenario = job(2, "balanced", SYSTEMS["ours"], 1, 60.0).scenario
+    assert scenario.fairness == FairnessConfig()
+    assert scenario.dispatch.reserve_output_tokens == DispatchConfig().reserve_output_tokens

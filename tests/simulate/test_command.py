@@ -13,6 +13,7 @@ from fairserve import cli
 from fairserve.errors import ConfigError
 from fairserve.simulate import command
 from fairserve.simulate.command import Job, list_scenarios, run_jobs, simulate_command
+from fairserve.simulate.records import RunRecord
 from fairserve.simulate.scenario import BUILTIN, read_scenario
 from fairserve.simulate.seeds import Summary
 from tests.simulate.cluster_kit import one
@@ -215,8 +216,10 @@ def test_what_is_wrong_in_another_process_is_said_as_it_would_be_in_this_one(sma
 
 def test_a_job_takes_its_arrivals_noise_and_label_along(small: str) -> None:
     scenario = read_scenario(small, ["fairness.prediction=foretold"])
-    record = Job(scenario, 5, (one("only"),), noise=0.5, label="mine").run()
+    record = Job(scenario, 5, (one("only"),), label="mine").run()
     assert ([request.arrival.request_id for request in record.requests], record.policy) == (["only"], "mine")
+    exact, noisy = (Job(scenario, 5, noise=noise).run().requests for noise in (0.0, 0.9))
+    assert exact != noisy
 
 
 # --------------------------------------------------------------------------------------------------------------- replay
@@ -251,6 +254,22 @@ def test_a_replay_lasts_as_long_as_the_log(small: str, log: Path, tmp_path: Path
     simulate_command(small, ["vtc"], replay=log, out=tmp_path / "out")
     data = json.loads((tmp_path / "out" / "decisions.json").read_text())
     assert [result["duration_s"] for result in data["results"]] == [pytest.approx(7.0, abs=0.01)] * 2
+
+
+def test_prefixes_in_a_log_are_read_in_the_blocks_that_the_settings_say(
+    small: str, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log.write_text(log.read_text().replace('"is_retry": false', '"is_retry": false, "prefix": [7, 8]'))
+    lengths: list[int] = []
+
+    def note(jobs: list[Job], num_processes: int) -> list[RunRecord]:
+        lengths.append(len((jobs[0].arrivals or ())[0].prefix))
+        return [job.run() for job in jobs]
+
+    monkeypatch.setattr(command, "run_jobs", note)
+    for tokens in (16, 64):
+        simulate_command(small, ["vtc"], [f"dispatch.prefix_block_tokens={tokens}"], replay=log)
+    assert lengths == [2, 8]
 
 
 def test_a_replay_on_replicas_too_small_for_it_names_the_request(small: str, log: Path) -> None:
