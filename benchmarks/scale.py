@@ -181,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="scale", description=__doc__.split("\n")[0])
     parser.add_argument("--policies", nargs="+", default=POLICIES, help=f"default {' '.join(POLICIES)}")
     parser.add_argument("--quick", action="store_true", help="a tenth of everything: shows that it runs")
-    parser.add_argument("--grants", type=int, default=96_000, help="timed grants per setting (default 96,000)")
+    parser.add_argument("--grants", type=int, default=64_000, help="timed grants per setting (default 64,000)")
     parser.add_argument("--out", type=Path, default=Path("out/scale.json"))
     options = parser.parse_args(argv)
     part = 10 if options.quick else 1

@@ -147,7 +147,7 @@ class BatchReplica:
 class BatchCluster:
     """``step()`` is one engine step of every replica, then one exchange of every replica and router."""
 
-    fairness: FairnessConfig = field(default_factory=FairnessConfig)
+    fairness: FairnessConfig = field(default_factory=lambda: FairnessConfig(prediction="none"))
     dispatch: DispatchConfig = field(
         default_factory=lambda: DispatchConfig(lookahead=0, reserve_output_tokens=None, prefix_block_tokens=BLOCK)
     )

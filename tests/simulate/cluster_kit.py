@@ -43,7 +43,7 @@ def cluster(
     **more: Any,
 ) -> ClusterSetup:
     """Of equal replicas; all of max_output reserved unless ``dispatch`` says otherwise."""
-    one = FairnessConfig.model_validate({"policy": policy, **(fairness or {})})
+    one = FairnessConfig.model_validate({"policy": policy, "prediction": "none", **(fairness or {})})
     two = DispatchConfig.model_validate({"reserve_output_tokens": None, **(dispatch or {})})
     setup = ClusterSetup(
         replicas=(replica,) * num_replicas,
