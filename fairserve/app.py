@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ray import serve
-from ray.serve.config import RequestRouterConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
@@ -28,6 +28,7 @@ from fairserve.config import FairServeArgs
 from fairserve.settings import read_settings
 
 CONFIG_VARIABLE = "FAIRSERVE_CONFIG"
+BACKLOG_POLICY = "fairserve.cluster.autoscaling:BacklogPolicy"
 MAX_ONGOING = 100_000
 """Requests Serve lets into one process: the limits that count are the dispatcher's and the engine's."""
 QUIET = LoggingConfig(enable_access_log=False)
@@ -58,7 +59,6 @@ def build_model(args: FairServeArgs) -> serve.Application:
     return serve.deployment(
         ModelReplica,
         name="Model",
-        num_replicas=args.num_replicas,
         max_ongoing_requests=MAX_ONGOING,
         max_queued_requests=-1,
         graceful_shutdown_timeout_s=args.max_generation_s,
@@ -71,7 +71,31 @@ def build_model(args: FairServeArgs) -> serve.Application:
                 "prefix_block_tokens": args.dispatch.prefix_block_tokens if policy_of(args.fairness).window > 1 else 0,
             },
         ),
+        **how_many(args),
     ).bind(without_keys(args).model_dump_json())
+
+
+def how_many(args: FairServeArgs) -> dict[str, Any]:
+    """The options of the model deployment that say how many replicas there are."""
+    config = args.autoscaling
+    if config is None:
+        return {"num_replicas": args.num_replicas}
+    policy_kwargs = {
+        "counter": args.counter.model_dump(),
+        "target_use": config.target_use,
+        "replicas_per_waiting_batch": config.replicas_per_waiting_batch,
+    }
+    return {
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=config.min_replicas,
+            max_replicas=config.max_replicas,
+            initial_replicas=min(max(args.num_replicas, config.min_replicas), config.max_replicas),
+            upscale_delay_s=config.upscale_delay_s,
+            downscale_delay_s=config.downscale_delay_s,
+            downscale_to_zero_delay_s=config.downscale_to_zero_delay_s,
+            policy=AutoscalingPolicy(policy_function=BACKLOG_POLICY, policy_kwargs=policy_kwargs),
+        )
+    }
 
 
 def build_ingress(args: FairServeArgs, model: serve.Application | DeploymentHandle) -> serve.Application:

@@ -294,6 +294,32 @@ class ApiConfig(Strict):
         return self
 
 
+class AutoscalingConfig(Strict):
+    """How many model replicas there are, by the work of the whole cluster (``fairserve/dispatch/demand.py``). A
+    *batchful* is what one replica can run at once: its slots or its KV cache, whichever is taken first."""
+
+    min_replicas: Annotated[int, Field(ge=0)] = 1
+    """Fewest replicas. 0: with nothing to do the last one ends, and the first request waits for a new one to load."""
+    max_replicas: PositiveInt
+    """Most replicas."""
+    target_use: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """Part of the replicas' slots or KV cache that running requests are to take."""
+    replicas_per_waiting_batch: PositiveFloat = 0.5
+    """Replicas added for each batchful that waits. 1 empties the queue within about one generation."""
+    upscale_delay_s: NonNegativeFloat = 5.0
+    """Seconds for which more must be wanted before replicas start."""
+    downscale_delay_s: NonNegativeFloat = 120.0
+    """Seconds for which less must be wanted before replicas end. What they run is finished first."""
+    downscale_to_zero_delay_s: NonNegativeFloat | None = None
+    """The same for the last replica. null: downscale_delay_s."""
+
+    @model_validator(mode="after")
+    def _min_below_max(self) -> AutoscalingConfig:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas ({self.min_replicas}) must not be above max_replicas ({self.max_replicas})")
+        return self
+
+
 class FairServeArgs(Strict):
     """Arguments of ``fairserve.app:build_app`` and of every deployment file."""
 
@@ -302,7 +328,9 @@ class FairServeArgs(Strict):
     served_model_name: Annotated[str, Field(min_length=1)] | None = None
     """Name clients use in "model". null: the last part of model."""
     num_replicas: PositiveInt = 2
-    """Model replicas, each with its own engine."""
+    """Model replicas, each with its own engine; with autoscaling, those to begin with."""
+    autoscaling: AutoscalingConfig | None = None
+    """Let the number of model replicas follow the work. null: always num_replicas."""
     num_ingress_replicas: PositiveInt = 1
     """Replicas of the HTTP ingress; fairness does not depend on their number."""
     num_cpus_per_replica: NonNegativeFloat = 0.5

@@ -19,6 +19,7 @@ from fairserve.cluster.counter_client import for_ever
 from fairserve.cluster.line_file import LineFile
 from fairserve.config import ApiConfig, CounterConfig, FairServeArgs
 from fairserve.dispatch.decision_log import DecisionLog
+from fairserve.dispatch.demand import Demand, demand
 from fairserve.dispatch.dispatcher import Dispatcher
 from fairserve.dispatch.messages import ReportReply, RouterCall, RouterReply, StepReport
 from fairserve.dispatch.status import status
@@ -113,6 +114,10 @@ class CounterService:
     async def status(self) -> dict[str, Any]:
         """A plain picture of clients, replicas, gap and bound."""
         return status(self._dispatcher, self._now_s())
+
+    async def demand(self) -> Demand:
+        """The work of the whole cluster, for autoscaling."""
+        return demand(self._dispatcher, self._now_s())
 
     async def configure(self, args_json: str) -> int:
         """Take over the fairness and dispatch settings of a new deployment. Counters stay; a change of settings begins

@@ -328,7 +328,7 @@ class Dispatcher:
             return
         while (waiting := placement.next()) is not None:
             submit = waiting.submit
-            need = placement.need_tokens(submit)
+            need = self.limits.need_tokens(submit)
             room = placement.room_for(submit, need, now_s)
             if room is None:
                 room = placement.room_over(submit.client, now_s)

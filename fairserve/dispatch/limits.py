@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fairserve.dispatch.messages import Submit
+
 
 @dataclass(frozen=True, slots=True)
 class DispatchLimits:
@@ -20,3 +22,8 @@ class DispatchLimits:
     preempt_gap: float | None = None
     prefix_block_tokens: int = 16
     """Prompt tokens that one entry of ``Submit.prefix`` stands for."""
+
+    def need_tokens(self, submit: Submit) -> int:
+        """KV tokens to reserve for a request."""
+        reserve = self.reserve_output_tokens
+        return submit.num_input + (submit.max_output if reserve is None else min(submit.max_output, reserve))

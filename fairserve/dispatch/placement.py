@@ -38,11 +38,6 @@ class Placement:
                     longest, most = waiting, num_matched
         return longest
 
-    def need_tokens(self, submit: Submit) -> int:
-        """KV tokens to reserve for it."""
-        reserve = self._limits.reserve_output_tokens
-        return submit.num_input + (submit.max_output if reserve is None else min(submit.max_output, reserve))
-
     def room_for(self, submit: Submit, need: int, now_s: float) -> ReplicaRoom | None:
         """Of the roomiest replica and those that know the beginning of the prompt (or all, where the policy looks
         everywhere), the policy's choice, else the longest match; None when it fits nowhere."""

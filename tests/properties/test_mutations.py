@@ -74,7 +74,7 @@ def dispatch_whatever_fits(self: Dispatcher, now_s: float) -> None:
     def fitting() -> tuple[Waiting, ReplicaRoom, int] | None:
         for client in sorted(self.queue.backlog.clients(), key=self.queue.standing):
             waiting = self.queue.backlog.head(client)[1]
-            need = self._placement.need_tokens(waiting.submit)
+            need = self.limits.need_tokens(waiting.submit)
             room = self._placement.room_for(waiting.submit, need, now_s)
             if room is not None:
                 return waiting, room, need
@@ -103,7 +103,7 @@ def apply_counters_as_they_are(self: LocalBook[Any], counters: dict[str, float],
 def dispatch_all_then_charge(self: Dispatcher, now_s: float) -> None:
     picked = []
     while (waiting := self._placement.next()) is not None:
-        need = self._placement.need_tokens(waiting.submit)
+        need = self.limits.need_tokens(waiting.submit)
         room = self._placement.room_for(waiting.submit, need, now_s)
         if room is None:
             break
