@@ -8,7 +8,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test serve lint bench paper clean
+.PHONY: help setup demo test serve load lint bench paper clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ test: setup ## run all tests
 
 serve: setup ## serve the embedded model until Ctrl-C
 	@$(BIN)/fairserve serve $(ARGS)
+
+load: $(VENV)/.installed ## a minute of a greedy and two modest clients on what `make serve` serves
+	@$(BIN)/python -m benchmarks.flood $(ARGS)
 
 lint: $(VENV)/.installed ## ruff, mypy, and the floors
 	@$(BIN)/ruff check

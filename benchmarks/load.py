@@ -104,7 +104,7 @@ async def drive(
                 await asyncio.sleep(planned.at_s - now_s())
                 record = Record(planned.client, submit_s=now_s())
                 records.append(record)
-                group.create_task(_send(client, target, planned, record, now_s, happened))
+                group.create_task(send(client, target, planned, record, now_s, happened))
 
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
     async with httpx.AsyncClient(limits=limits, timeout=httpx.Timeout(None, connect=30)) as client:
@@ -135,7 +135,7 @@ async def _first_of(enough: Any, sending: asyncio.Task[None], timeout_s: float, 
         raise error
 
 
-async def _send(
+async def send(
     client: httpx.AsyncClient,
     target: Target,
     planned: Planned,
