@@ -216,8 +216,9 @@ class Life:
             lost = self.lost.get(watch.group, 0.0)
             yield Check(f"{name}: both wait, 2(U+S)", watch.worst_pair, bounds.bound + lost)
             yield Check(f"{name}: one waits, 3(U+S)", watch.worst_lag, 3 * (bounds.unit + bounds.staleness) + lost)
-            cancels = any(habit.cancels for habit in self.crowd.habits)  # what they leave running is merged afterwards
-            limit = bounds.unit + (bounds.staleness if cancels else bounds.returned)
+            # What a cancel leaves running, or a replica's new life took before it had said hello, is merged afterwards.
+            is_late = self.replica_deaths or any(habit.cancels for habit in self.crowd.habits)
+            limit = bounds.unit + (bounds.staleness if is_late else bounds.returned)
             yield Check(f"{name}: counters of those that wait, U+D or U+S", watch.worst_spread, limit)
             yield Check(f"{name}: the authority's own gap, 2(U+S)", watch.worst, bounds.bound)
 
