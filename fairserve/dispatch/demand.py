@@ -30,7 +30,9 @@ class Demand:
 
     def waiting_batches(self) -> float:
         """Batchfuls that wait; 1 for anything at all while there is no replica to measure by."""
-        return self._batches(self.num_waiting, self.waiting_tokens) if self.num_replicas else float(self.num_waiting > 0)
+        return (
+            self._batches(self.num_waiting, self.waiting_tokens) if self.num_replicas else float(self.num_waiting > 0)
+        )
 
     def _batches(self, num: int, tokens: int) -> float:
         if not (self.max_slots and self.kv_capacity_tokens):

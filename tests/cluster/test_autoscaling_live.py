@@ -1,4 +1,4 @@
-"""A wave of work on a real Serve: one replica becomes three, then one, then none; nothing is lost, and it stays fair."""
+"""A wave of work on a real Serve: one replica becomes three, then none; nothing is lost, and it stays fair."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def num_running(served: Served) -> int:
 
 async def until(num: int, served: Served, timeout_s: float) -> None:
     async with asyncio.timeout(timeout_s):
-        while await asyncio.to_thread(num_running, served) != num:
+        while True:
+            if await asyncio.to_thread(num_running, served) == num:
+                return
             await asyncio.sleep(0.2)
 
 
