@@ -48,9 +48,9 @@ async def test_replicas_follow_a_wave_up_and_down_to_none_and_the_next_request_b
 
     async with served.client("ann") as ann, served.client("bob") as bob:
         wave = [asyncio.create_task(ask(client)) for _ in range(WAVE) for client in (ann, bob)]
-        await until(3, served, 120)
+        await until(3, served, 240)
         # Work comes for as long as it takes the new replicas to get some of it.
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(180):
             while True:
                 status = await asyncio.to_thread(served.status)
                 if sum(room["running"] > 0 for room in status["replicas"].values()) == 3:
@@ -64,8 +64,8 @@ async def test_replicas_follow_a_wave_up_and_down_to_none_and_the_next_request_b
 
         trickle = [asyncio.create_task(ask(ann, 20)) for _ in range(3)]
         await asyncio.gather(*trickle)
-        await until(0, served, 120)
-        assert await asyncio.wait_for(ask(bob, 5), 120) == 5, "the first request waits for the replica that it brings"
+        await until(0, served, 240)
+        assert await asyncio.wait_for(ask(bob, 5), 240) == 5, "the first request waits for the replica that it brings"
     status = await asyncio.to_thread(served.status)
     rows = status["clients"]
     assert rows["ann"]["num_output"] == 60 + NUM_TOKENS * sum(i % 2 == 0 for i in range(len(wave)))
