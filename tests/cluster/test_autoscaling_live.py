@@ -10,9 +10,9 @@ import pytest
 
 from tests.cluster.conftest import Served
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
-WAVE = 60
+WAVE = 30
 """Requests of each of two clients; with four slots a replica, most of them wait."""
 NUM_TOKENS = 400
 
