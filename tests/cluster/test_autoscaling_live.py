@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 WAVE = 30
 """Requests of each of two clients; with four slots a replica, most of them wait."""
-NUM_TOKENS = 400
+NUM_TOKENS = 200
 
 
 @pytest.fixture
@@ -43,7 +43,8 @@ async def test_replicas_follow_a_wave_up_and_down_to_none_and_the_next_request_b
     extra = {"ignore_eos": True}
 
     async def ask(client: Any, num_tokens: int = NUM_TOKENS) -> int:
-        answer = await client.completions.create(model="tiny", prompt="x", max_tokens=num_tokens, extra_body=extra)
+        patient = client.with_options(timeout=600)
+        answer = await patient.completions.create(model="tiny", prompt="x", max_tokens=num_tokens, extra_body=extra)
         return int(answer.usage.completion_tokens)
 
     async with served.client("ann") as ann, served.client("bob") as bob:
