@@ -1,1 +1,0 @@
-"""What people see: metrics, the dashboard, Grafana."""
