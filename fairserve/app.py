@@ -20,6 +20,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
 from fairserve.assembly import policy_of
+from fairserve.clock import SystemClock
 from fairserve.cluster.backend import HandleBackend
 from fairserve.cluster.counter_actor import without_keys
 from fairserve.cluster.replica import ModelReplica
@@ -39,19 +40,35 @@ class Ingress:
     """The HTTP door: tokenizes, names the client, and asks the model replicas through the fair router."""
 
     async def __init__(self, args_json: str, model: DeploymentHandle) -> None:  # type: ignore[misc]
+        from fairserve.api.admin_service import AdminService
+        from fairserve.api.live_keys import LiveKeys
         from fairserve.api.service import OpenAIService
+        from fairserve.cluster.counter_query import CounterQuery
+        from fairserve.cluster.metrics_sink import deployment_metrics
+        from fairserve.cluster.tracing import make_tracing
         from fairserve.engine.loading import load_tokenizer
 
         args = FairServeArgs.model_validate_json(args_json)
         backend = HandleBackend(model)
         tokenizer = await asyncio.to_thread(load_tokenizer, args.model, args.engine)
         limits = await backend.limits()
-        self._service = OpenAIService(args, backend, tokenizer, limits.max_model_len)
+        metrics = deployment_metrics(args.metrics, args.counter.name)
+        self._service = OpenAIService(
+            args, backend, tokenizer, limits.max_model_len, metrics=metrics, tracer=make_tracing(args.tracing)
+        )
+        query = CounterQuery.over_ray(args.counter)
+        self._live_keys = LiveKeys(self._service.deployed, query.key_directory, self._service.adopt)
+        await self._live_keys.begin()
+        self._refreshing = asyncio.create_task(self._live_keys.run())
+        self._admin = AdminService.from_config(args.api, query, SystemClock(), is_open=lambda: self._service.is_open)
 
     def __serve_build_asgi_app__(self) -> Any:
         from fairserve.api.app import create_app
+        from fairserve.observe import dashboard
 
-        return create_app(lambda: self._service, id_from_server=True)
+        app = create_app(lambda: self._service, admin_provider=lambda: self._admin, id_from_server=True)
+        dashboard.install(app)
+        return app
 
 
 def build_model(args: FairServeArgs) -> serve.Application:
@@ -68,6 +85,8 @@ def build_model(args: FairServeArgs) -> serve.Application:
             request_router_class=FairRouter,
             request_router_kwargs={
                 "counter": args.counter.model_dump(),
+                "metrics": args.metrics.model_dump(),
+                "tracing": args.tracing.model_dump(),
                 "prefix_block_tokens": args.dispatch.prefix_block_tokens if policy_of(args.fairness).window > 1 else 0,
             },
         ),
@@ -119,8 +138,11 @@ def build_app(args: FairServeArgs) -> serve.Application:
 
 def with_hashed_keys(args: FairServeArgs) -> FairServeArgs:
     """The same settings with every clear-text key replaced by its digest: Serve stores and shows arguments."""
-    keys = tuple(key.model_copy(update={"key": None, "key_sha256": key.digest}) for key in args.api.keys)
-    return args.model_copy(update={"api": args.api.model_copy(update={"keys": keys})})
+    hashed = {
+        field: tuple(key.model_copy(update={"key": None, "key_sha256": key.digest}) for key in keys)
+        for field, keys in (("keys", args.api.keys), ("admin_keys", args.api.admin_keys))
+    }
+    return args.model_copy(update={"api": args.api.model_copy(update=hashed)})
 
 
 def args_from_environment() -> FairServeArgs:

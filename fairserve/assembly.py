@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from fairserve.config import CostConfig, DispatchConfig, FairnessConfig
 from fairserve.dispatch.capacity import Capacity
+from fairserve.dispatch.controls import Controls
 from fairserve.dispatch.decision_log import DecisionLog
 from fairserve.dispatch.dispatcher import Dispatcher, DispatchLimits
+from fairserve.dispatch.notes import Notes
 from fairserve.dispatch.replica_book import LocalBook, Request
 from fairserve.fairness.catalog import PolicySettings, make_policy
 from fairserve.fairness.cost import CostFunction, KvTokenTime, ProfiledQuadratic, WeightedTokens
@@ -42,6 +44,8 @@ def make_dispatcher(
     epoch: int,
     capacity: Capacity | None = None,
     log: DecisionLog | None = None,
+    notes: Notes | None = None,
+    controls: Controls | None = None,
 ) -> Dispatcher:
     """The cluster's authority, new."""
     return Dispatcher(
@@ -54,6 +58,8 @@ def make_dispatcher(
         group_weights=fairness.group_weights,
         capacity=capacity,
         log=log,
+        notes=notes,
+        controls=controls,
     )
 
 

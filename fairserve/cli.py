@@ -7,7 +7,6 @@ import contextlib
 import getpass
 import json
 import os
-import secrets
 import shlex
 import signal
 import sys
@@ -16,9 +15,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fairserve import __version__
+from fairserve import __version__, cli_admin, cli_grafana
 from fairserve.api.identity import ENV_KEYS, Identities
 from fairserve.clock import SystemClock
+from fairserve.cluster.changes import new_secret
 from fairserve.config import CLIENT_RULE, EMBEDDED_MODEL, ApiKey, FairServeArgs, key_digest
 from fairserve.engine.embedded import EMBEDDED, cache_root, ensure_embedded, is_ready
 from fairserve.errors import ConfigError, FairServeError
@@ -74,7 +74,7 @@ def hash_key(_: argparse.Namespace) -> None:
 
 
 def new_key(options: argparse.Namespace) -> None:
-    secret = "fs-" + secrets.token_urlsafe(32)
+    secret = new_secret()
     try:
         entry = ApiKey(client=options.client, key_sha256=key_digest(secret), weight=options.weight)
     except ValueError:
@@ -138,7 +138,8 @@ def welcome(args: FairServeArgs, url: str, dashboard_url: str | None) -> str:
     if not has_keys:
         lines.append("OPEN, without any key: anybody who reaches this port may call, and the bearer token names the")
         lines.append("client. `fairserve keys new CLIENT` makes a key.")
-    lines.append(f"dashboards: {dashboard_url or 'none, Ray started without its dashboard'} (Ray)")
+    lines.append(f"dashboard:  {url}/dashboard   (`fairserve top --url {url}` in a terminal)")
+    lines.append(f"of Ray:     {dashboard_url or 'none, Ray started without its dashboard'}")
     lines.append("Ctrl-C stops it.")
     return "\n".join(lines)
 
@@ -221,11 +222,15 @@ def _parser() -> argparse.ArgumentParser:
     pull.add_argument("name", nargs="?", default=EMBEDDED_MODEL, metavar="NAME", help=f"default: {EMBEDDED_MODEL}")
     command(models, "list", list_models, "list the models and whether they are fetched")
 
-    keys = commands.add_parser("keys", help="API keys").add_subparsers(required=True, metavar="COMMAND")
+    keys = commands.add_parser("keys", help="API keys, of the configuration and live").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
     command(keys, "hash", hash_key, "print the key_sha256 of a secret read from stdin or asked for")
-    new = command(keys, "new", new_key, "make a key: the secret to stderr, the entry for keys_file to stdout")
+    text = "make a key for the configuration: the secret to stderr, the entry for keys_file to stdout"
+    new = command(keys, "new", new_key, f"{text}; `keys create` makes one in the running service")
     new.add_argument("client", metavar="CLIENT", help="a name, or a path such as organisation/team/user")
     new.add_argument("--weight", type=float, default=1.0, help="share relative to other clients (default 1)")
+    cli_admin.add(commands, keys, command)
 
     sim = command(commands, "simulate", simulate, "run a scenario on a virtual clock under one policy or several")
     sim.add_argument("words", nargs="*", metavar="SCENARIO key=value", help="a packaged scenario or a TOML file")
@@ -246,6 +251,8 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--config", type=Path, metavar="FILE", help="settings, or a Serve config file")
     made.add_argument("--out", type=Path, default=Path("profile.json"), metavar="FILE", help="default profile.json")
     made.add_argument("settings", nargs="*", metavar="key=value", help="such as model=PATH or engine.num_threads=2")
+
+    cli_grafana.add_commands(commands, command)
     return parser
 
 

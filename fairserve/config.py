@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -31,13 +31,17 @@ class Strict(BaseModel):
         hide_input_in_errors=True,  # the input may hold an API key
     )
 
+    renamed: ClassVar[dict[str, str]] = {}
+    """Former names of fields -> names."""
+
     @model_validator(mode="before")
     @classmethod
     def _known_fields_only(cls, data: Any) -> Any:
         if isinstance(data, dict):
             for name in data:
                 if name not in cls.model_fields:
-                    near = difflib.get_close_matches(str(name), cls.model_fields, n=1)
+                    former = [cls.renamed[name]] if name in cls.renamed else []
+                    near = former or difflib.get_close_matches(str(name), cls.model_fields, n=1)
                     hint = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(cls.model_fields)}"
                     raise ValueError(f"{cls.__name__} has no field {name!r}: {hint}")
         return data
@@ -63,9 +67,13 @@ class ThrottleConfig(Strict):
 
     client_limit: PositiveInt | None = None
     """Requests of one client, per unit of weight, in any 60 s, past which its new interactions are refused under
-    overload. null: no limit."""
+    overload. A tenant with several keys or users has the limit for each. null: no limit."""
     application_limit: PositiveInt | None = None
     """The same for each registered application of each client."""
+    at: Literal["pick", "arrival"] = "pick"
+    """When a call that begins an interaction may be refused. pick (as published): when it is its turn and no replica
+    has room for it; it may have waited until then, and fewer interactions end. arrival: as soon as it comes, so
+    that its caller knows at once."""
     enter_wait_s: PositiveFloat = 2.0
     """Overload begins when requests wait longer than this in the cluster's queue (mean of late, or the one that goes
     next) and the replicas are full."""
@@ -147,6 +155,8 @@ class DispatchConfig(Strict):
 class CounterConfig(Strict):
     """The counter actor, and how routers and replicas reach it."""
 
+    renamed = {"snapshot_path": "store"}
+
     name: str = "fairserve-counters"
     """Name of the counter actor in its Ray namespace; two services on one cluster need two names."""
     namespace: str = "fairserve"
@@ -157,18 +167,23 @@ class CounterConfig(Strict):
     """Seconds a long poll for grants stays open when there is nothing to grant; below call_timeout_s."""
     heartbeat_s: Annotated[float, Field(gt=0, le=10)] = 0.5
     """Seconds between reports of an idle replica."""
-    snapshot_path: str | None = None
-    """SQLite file for the counters, on the node of the actor. null: no snapshots: the totals of a restarted actor come
-    from the living replicas, and all counters begin level."""
+    store: Annotated[str, Field(min_length=1)] | None = "session"
+    """SQLite file, on the node of the actor, for the counters, the history, what was changed live and who changed it.
+    session: in Ray's session directory, so that it outlives the actor and not the Ray cluster. null: no file: a
+    restarted actor still knows what was changed live, counts from the totals of the living replicas, and all counters
+    begin level."""
     snapshot_s: Annotated[float, Field(gt=0, le=60)] = 1.0
-    """Seconds between snapshots."""
+    """Seconds between snapshots of the counters."""
     decision_log_path: str | None = None
     """File for every decision, one JSON line each, on the node of the actor; `fairserve simulate --replay` reads it.
     It names clients and lengths, no text. At 100 MB it begins anew and the last one is kept as FILE.1. null: none."""
     idle_ttl_s: PositiveFloat = 600.0
     """Seconds without any replica and router after which the actor ends itself (`serve delete` does not end it)."""
     pin_to_head: bool = True
-    """Keep the actor on the head node, as Ray Serve keeps its controller."""
+    """Keep the actor on the head node, as Ray Serve keeps its controller. Without effect where `resource` is given."""
+    resource: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.:-]{0,62}$")] | None = None
+    """Custom Ray resource: the actor runs only on a node that offers it, and waits for one. With Ray's GCS fault
+    tolerance an actor off the head node lives through a restart of the head. null: pin_to_head decides."""
 
     @model_validator(mode="after")
     def _poll_below_timeout(self) -> CounterConfig:
@@ -261,12 +276,42 @@ class ApiKey(Strict):
         return key_digest(self.key)
 
 
+class AdminKey(Strict):
+    """Somebody who may look at everything and change it. Exactly one of ``key`` and ``key_sha256`` is given."""
+
+    name: Annotated[str, Field(pattern=f"^{CLIENT_SEGMENT}$")]
+    """Who it is, in the audit log: 1-64 of A-Z a-z 0-9 . _ : @ -. One may have several keys."""
+    key: Annotated[str | None, Field(min_length=8, max_length=512, repr=False)] = None
+    """The secret in clear, for development: hashed as soon as it is read. Prefer key_sha256."""
+    key_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """SHA-256 of the secret, as 64 hex digits: `fairserve keys hash` prints it."""
+
+    @model_validator(mode="after")
+    def _one_secret(self) -> AdminKey:
+        if (self.key is None) == (self.key_sha256 is None):
+            raise ValueError(f"admin {self.name!r}: give exactly one of 'key' and 'key_sha256'")
+        return self
+
+    @property
+    def digest(self) -> str:
+        """``key_sha256``, or the same made from ``key``."""
+        if self.key_sha256 is not None:
+            return self.key_sha256
+        assert self.key is not None, "exactly one of the two is given"
+        return key_digest(self.key)
+
+
 class ApiConfig(Strict):
     """The HTTP door: who may come in, and how much one request may ask for."""
 
     keys: tuple[ApiKey, ...] = ()
     """API keys. With no key here, in keys_file and in the environment (FAIRSERVE_API_KEYS, the same JSON list),
-    the service runs OPEN: anybody may call, and the bearer token, unchecked, names the client."""
+    the service runs OPEN: anybody may call, and the bearer token, unchecked, names the client. A key that is created
+    while the service runs closes it within about a second, and it stays closed."""
+    admin_keys: tuple[AdminKey, ...] = ()
+    """Keys that open /admin, together with those in the environment (FAIRSERVE_ADMIN_KEYS, the same JSON list). With
+    none, everybody may look at an OPEN service and nobody may change it; of a service with API keys nobody sees
+    anything."""
     keys_file: str | None = None
     """JSON or YAML file with a list of keys, read at start on every ingress replica."""
     trusted_client_header: Annotated[str, Field(pattern=r"^[A-Za-z0-9-]{1,64}$")] | None = None
@@ -320,6 +365,26 @@ class AutoscalingConfig(Strict):
         return self
 
 
+class MetricsConfig(Strict):
+    """Metrics for Prometheus, through Ray's own exporter; `python -m fairserve.observe.metrics` lists them."""
+
+    enabled: bool = True
+    """Export metrics."""
+    top_clients: Annotated[int, Field(gt=0, le=100)] = 20
+    """Clients that have a label of their own at a time: the busiest of late. All others are summed as "other"."""
+    interval_s: Annotated[float, Field(ge=0.1, le=10)] = 1.0
+    """Seconds between two updates of what is not measured per request. Ray itself exports every 10 s, and forgets
+    what was not updated for 20 s."""
+
+
+class TracingConfig(Strict):
+    """OpenTelemetry spans of single requests. Needs `pip install 'fairserve[otel]'`; where they go and how many are
+    kept, the standard OTEL_ environment variables say, on every node."""
+
+    enabled: bool = False
+    """Record spans, and take over a caller's traceparent header."""
+
+
 class FairServeArgs(Strict):
     """Arguments of ``fairserve.app:build_app`` and of every deployment file."""
 
@@ -344,6 +409,8 @@ class FairServeArgs(Strict):
     dispatch: DispatchConfig = DispatchConfig()
     counter: CounterConfig = CounterConfig()
     api: ApiConfig = ApiConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    tracing: TracingConfig = TracingConfig()
 
     @property
     def model_name(self) -> str:

@@ -10,14 +10,21 @@
     |   +-- PromptTooLong           more prompt tokens than the context holds
     |   +-- Unauthenticated         no key, or an unknown key
     |   +-- UnknownModel            no such model is served here
+    |   +-- UnknownClient           no client of that name is known to the counter actor
+    |   +-- UnknownKey              no live API key of that id
+    |   +-- AdminKeyRequired        /admin needs an admin key, or another one (HTTP 403)
     |   +-- BodyTooLarge            more bytes than max_body_bytes (HTTP 413)
     |   +-- WrongContentType        the body is not declared as plain JSON (HTTP 415)
     +-- Refused                     the request is fine, there is no room now (HTTP 429)
     |   +-- ClientQueueFull         this client has too many waiting requests
     |   +-- ClusterQueueFull        the whole cluster has too many waiting requests
     |   +-- RateLimited             policy ``rpm``: too many requests in the window
+    |   +-- ClientRateLimited       an operator limits this client's requests per minute
     |   +-- InteractionThrottled    overload: who sent too many requests in the last 60 s begins no new interaction
     +-- RequestTimeout              not finished within request_timeout_s (HTTP 504)
+    +-- ChangeNotKept               a live change could be kept nowhere, so it was not made (HTTP 503)
+    +-- CounterUnreachable          the counter actor is not there, or did not answer in time (HTTP 503)
+    +-- GrafanaFailed               Grafana refused, is not there, or does not hold the newest dashboards
     +-- ReplicaFailed               the replica died or its engine failed (HTTP 503)
 
 Every error carries its numbers as attributes and survives pickling, because it may cross processes.
@@ -113,6 +120,30 @@ class UnknownModel(RequestError):
         super().__init__(model=model, available=available, param="model", code="model_not_found")
 
 
+class UnknownClient(RequestError):
+    message = "no client {client!r} is known: a client is known from its first request on, or once it is changed"
+
+    def __init__(self, client: str) -> None:
+        super().__init__(client=client, param="client", code="client_not_found")
+
+
+class UnknownKey(RequestError):
+    message = (
+        "no live API key has the id {id!r}: an id is the first hex digits of the key's SHA-256; "
+        "keys of the configuration are revoked by taking them out of it"
+    )
+
+    def __init__(self, id: str) -> None:  # noqa: A002 (the views' word)
+        super().__init__(id=id, param="id", code="key_not_found")
+
+
+class AdminKeyRequired(RequestError):
+    message = "{detail}"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail=detail, param=None, code="admin_key_required")
+
+
 class BodyTooLarge(RequestError):
     message = "the request body holds more than {limit} bytes"
 
@@ -132,6 +163,27 @@ class RequestTimeout(FairServeError):
 
     def __init__(self, limit_s: float) -> None:
         super().__init__(limit_s=limit_s)
+
+
+class ChangeNotKept(FairServeError):
+    message = "the change could not be kept and was not made: {detail}"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail=detail)
+
+
+class CounterUnreachable(FairServeError):
+    message = "{detail}"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail=detail)
+
+
+class GrafanaFailed(FairServeError):
+    message = "{detail}"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail=detail)
 
 
 class Refused(FairServeError):
@@ -163,6 +215,14 @@ class ClusterQueueFull(Refused):
 class RateLimited(Refused):
     reason = "rate_limited"
     message = "client {client!r} has used its {limit} requests per minute; retry in {retry_after_s:.0f} s"
+
+    def __init__(self, client: str, limit: int, retry_after_s: float) -> None:
+        super().__init__(client=client, limit=limit, retry_after_s=retry_after_s)
+
+
+class ClientRateLimited(Refused):
+    reason = "client_rate"
+    message = "client {client!r} is limited to {limit} requests per minute; retry in {retry_after_s:.0f} s"
 
     def __init__(self, client: str, limit: int, retry_after_s: float) -> None:
         super().__init__(client=client, limit=limit, retry_after_s=retry_after_s)

@@ -20,13 +20,7 @@ def lay_over(data: dict[str, Any], word: str) -> None:
     Raises:
         ConfigError: not key=value, or a key inside something that has no keys.
     """
-    path, equals, text = word.partition("=")
-    if not equals or not path:
-        raise ConfigError(f"{word!r} is not key=value, such as num_replicas=2 or engine.max_num_seqs=8")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = text
+    path, value = setting_of(word)
     group: Any = data
     *parents, last = path.split(".")
     for parent in parents:
@@ -34,6 +28,21 @@ def lay_over(data: dict[str, Any], word: str) -> None:
         if not isinstance(group, dict | list):
             raise ConfigError(f"{word!r}: {parent} holds a value, not a group of settings")
     group[last if isinstance(group, dict) else _index(group, last, word)] = value
+
+
+def setting_of(word: str) -> tuple[str, Any]:
+    """The dotted name and the value in ``a.b=value``.
+
+    Raises:
+        ConfigError: not key=value.
+    """
+    path, equals, text = word.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"{word!r} is not key=value, such as num_replicas=2 or engine.max_num_seqs=8")
+    try:
+        return path, yaml.safe_load(text)
+    except yaml.YAMLError:
+        return path, text
 
 
 def mistakes(error: ValidationError) -> str:

@@ -53,6 +53,15 @@ class ClientView(View):
     """Unix time at which it last had a request; null: not since this actor began."""
 
 
+class CounterView(View):
+    """One client's counter and what it is compared by."""
+
+    name: str
+    weight: float
+    counter: float
+    lead: float
+
+
 class ReplicaView(View):
     """One model replica."""
 

@@ -9,6 +9,8 @@ from fastapi.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from fairserve.api import streaming
+from fairserve.api.admin import PREFIX, create_admin
+from fairserve.api.admin_service import AdminService
 from fairserve.api.bodies import read_json
 from fairserve.api.http_errors import install, request_id_of
 from fairserve.api.labels import labels_of
@@ -16,10 +18,16 @@ from fairserve.api.openai_schema import ChatRequest, CompletionRequest, parse
 from fairserve.api.service import OpenAIService
 
 
-def create_app(service_provider: Callable[[], OpenAIService], *, id_from_server: bool = False) -> FastAPI:
-    """The ASGI application; ``service_provider`` is asked once per request.
+def create_app(
+    service_provider: Callable[[], OpenAIService],
+    *,
+    admin_provider: Callable[[], AdminService] | None = None,
+    id_from_server: bool = False,
+) -> FastAPI:
+    """The ASGI application; the providers are asked once per request.
 
-    ``id_from_server``: true behind Ray Serve, whose proxy makes the ``x-request-id`` of request and response itself.
+    ``admin_provider``: for /admin/v1; without it there is no such route. ``id_from_server``: true behind Ray Serve,
+    whose proxy makes the ``x-request-id`` of request and response itself.
     """
     app = FastAPI(title="fairserve", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     install(app, id_from_server=id_from_server)
@@ -50,6 +58,8 @@ def create_app(service_provider: Callable[[], OpenAIService], *, id_from_server:
         body = await service_provider().health()
         return JSONResponse(body, 200 if body["ready"] else 503)
 
+    if admin_provider is not None:
+        app.mount(PREFIX, create_admin(admin_provider))
     return app
 
 
@@ -61,8 +71,10 @@ async def _generate(
     labels = labels_of(request.headers, body.metadata or {}, client)
 
     async def respond(scope: Scope, receive: Receive, send: Send) -> None:
-        job = await service.job(body, client, labels)
-        answer, batches, deadline = service.answer(body, job), service.generate(job), service.deadline()
+        meter = service.meter(client, request.headers.get("traceparent", ""))
+        job = await service.job(body, client, labels, meter.span.traceparent)
+        answer, batches = service.answer(body, job), meter.outputs(service.generate(job))
+        deadline = meter.watching(service.deadline())
         if not body.stream:
             response = await streaming.whole(answer, batches, deadline)
             await response(scope, receive, send)

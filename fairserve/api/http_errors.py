@@ -3,8 +3,10 @@
 ::
 
     400 InvalidRequest, PromptTooLong      413 BodyTooLarge          500 anything unexpected (logged with its id)
-    401 Unauthenticated                    415 WrongContentType      503 ReplicaFailed
-    404 UnknownModel, no such route        429 Refused               504 RequestTimeout
+    401 Unauthenticated                    415 WrongContentType      503 ReplicaFailed, CounterUnreachable,
+    403 AdminKeyRequired                   429 Refused                   ChangeNotKept
+    404 UnknownModel, UnknownClient,                                 504 RequestTimeout
+        UnknownKey, no such route
 """
 
 from __future__ import annotations
@@ -25,13 +27,18 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fairserve.errors import (
+    AdminKeyRequired,
     BodyTooLarge,
+    ChangeNotKept,
+    CounterUnreachable,
     FairServeError,
     Refused,
     ReplicaFailed,
     RequestError,
     RequestTimeout,
     Unauthenticated,
+    UnknownClient,
+    UnknownKey,
     UnknownModel,
     WrongContentType,
     unwrapped,
@@ -44,7 +51,17 @@ _PLAIN_ID = re.compile(r"[A-Za-z0-9._-]{8,128}")
 REPLICA_RETRY_S = 1
 """Retry-After when a replica failed: the others go on, so a retry may come at once."""
 MAX_RETRY_S = 3600
-_REQUEST_ERRORS = {Unauthenticated: 401, UnknownModel: 404, BodyTooLarge: 413, WrongContentType: 415}
+COUNTER_RETRY_S = 1
+"""Retry-After when the counter actor does not answer: a restart takes about a second."""
+_REQUEST_ERRORS = {
+    Unauthenticated: 401,
+    AdminKeyRequired: 403,
+    UnknownModel: 404,
+    UnknownClient: 404,
+    UnknownKey: 404,
+    BodyTooLarge: 413,
+    WrongContentType: 415,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +105,12 @@ def describe(error: Exception, request_id: str) -> Problem:
             message = f"the replica that served this request failed: try again (request {request_id})"
             wait = {"retry-after": str(REPLICA_RETRY_S)}
             return Problem(503, message, "server_error", None, "replica_failed", wait)
+        case CounterUnreachable():
+            wait = {"retry-after": str(COUNTER_RETRY_S)}
+            return Problem(503, str(error), "server_error", None, "counter_unreachable", wait)
+        case ChangeNotKept():
+            wait = {"retry-after": str(COUNTER_RETRY_S)}
+            return Problem(503, str(error), "server_error", None, "change_not_kept", wait)
         case HTTPException():
             return _of_route(error)
     logger.error("request %s failed", request_id, exc_info=error)

@@ -19,10 +19,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from fairserve.config import CLIENT_PATH, CLIENT_RULE, CLIENT_SEGMENT, ApiConfig, ApiKey
 from fairserve.errors import ConfigError, InvalidRequest, Unauthenticated
@@ -39,7 +39,7 @@ MAX_SHOWN_TOKEN = 32
 SECRET_PREFIXES = ("fs-", "sk-")
 CLIENT_NAME = re.compile(CLIENT_PATH)
 FLAT_NAME = re.compile(CLIENT_SEGMENT)
-_KEY_LIST = TypeAdapter(tuple[ApiKey, ...])
+KeyKind = TypeVar("KeyKind", bound=BaseModel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,17 +62,27 @@ class Headers(Protocol):
 
 
 class Identities:
-    """Names the caller of every request.
+    """Names the caller of every request. Never changes: :meth:`with_live` makes another one.
+
+    ``is_closed``: without any key, nobody is let in, instead of everybody.
 
     Raises:
         ConfigError: a key occurs twice, keys of one client disagree, a client stands above another one, or a trusted
             gateway has no key.
     """
 
-    def __init__(self, keys: Iterable[ApiKey] = (), *, header: str | None = None, gateways: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        keys: Iterable[ApiKey] = (),
+        *,
+        header: str | None = None,
+        gateways: Sequence[str] = (),
+        is_closed: bool = False,
+    ) -> None:
+        self._deployed = tuple(key.model_copy(update={"key": None, "key_sha256": key.digest}) for key in keys)
         self._clients: dict[str, Client] = {}
         self._by_digest: dict[bytes, tuple[bytes, Client]] = {}
-        for key in keys:
+        for key in self._deployed:
             client = Client(key.client, key.weight, key.max_waiting, key.applications)
             known = self._clients.setdefault(key.client, client)
             if (known.weight, known.max_waiting) != (client.weight, client.max_waiting):
@@ -85,7 +95,7 @@ class Identities:
                 other = self._by_digest[digest][1].name
                 raise ConfigError(f"the same API key is given twice, for clients {other!r} and {key.client!r}")
             self._by_digest[digest] = (digest, client)
-        self.is_open = not self._by_digest
+        self.is_open = not self._by_digest and not is_closed
         self._below = {group: name for name in sorted(self._clients) for group in _groups(name)}
         """Every path above a client -> one client below it."""
         for name in sorted(self._clients):
@@ -94,21 +104,38 @@ class Identities:
         self._header = header
         self._gateways = frozenset(gateways)
         unknown = sorted(self._gateways - self._clients.keys())
-        if unknown and not self.is_open:
+        if unknown and self._by_digest:
             raise ConfigError(f"api.trusted_gateways names clients without a key: {', '.join(unknown)}")
 
     @classmethod
     def from_config(cls, config: ApiConfig, environ: Mapping[str, str]) -> Identities:
         """Keys of the configuration, of its keys_file and of the environment together."""
-        keys = [*config.keys]
-        if config.keys_file is not None:
-            keys += _keys_in_file(Path(config.keys_file).expanduser())
-        if environ.get(ENV_KEYS, "").strip():
-            keys += _keys_in_env(environ[ENV_KEYS])
+        keys = deployed_keys(config, environ)
         identities = cls(keys, header=config.trusted_client_header, gateways=config.trusted_gateways)
         if identities.is_open:
             logger.warning(OPEN_WARNING)
         return identities
+
+    def with_live(self, live: Iterable[ApiKey]) -> Identities:
+        """Those of the deployment, which these are, with the keys that were created while the service ran. No longer
+        open, and not open again when they are all revoked.
+
+        What is deployed wins: of a client with a deployed key the weight and limit stay, a deployed secret names whom
+        it named, and a key whose client cannot stand beside a deployed one lets nobody in. The latter two are logged.
+        """
+        keys = list(self._deployed)
+        for key in live:
+            known = self._clients.get(key.client)
+            if bytes.fromhex(key.digest) in self._by_digest:
+                logger.warning("live key %s is a key of the deployment, too, which holds", key.digest[:12])
+            elif known is None and (clash := self._clash(key.client)):
+                logger.error("live key %s lets nobody in: %s", key.digest[:12], clash)
+            elif known is None:
+                keys.append(key)
+            else:
+                keys.append(key.model_copy(update={"weight": known.weight, "max_waiting": known.max_waiting}))
+        gateways = sorted(self._gateways & {key.client for key in keys})
+        return Identities(keys, header=self._header, gateways=gateways, is_closed=True)
 
     def identify(self, headers: Headers) -> Client:
         """Name the caller.
@@ -117,7 +144,7 @@ class Identities:
             Unauthenticated: keys are configured and the caller sent none, or an unknown one.
             InvalidRequest: a trusted gateway named the client wrongly.
         """
-        token = _bearer(headers)
+        token = bearer_of(headers)
         if self.is_open:
             return Client(ANONYMOUS if token is None else _name_for(token))
         if token is None:
@@ -150,13 +177,27 @@ class Identities:
         return f"client {above!r} stands above client {below!r}, and only one of the two can be" if above else None
 
 
+def deployed_keys(config: ApiConfig, environ: Mapping[str, str]) -> list[ApiKey]:
+    """The API keys of the configuration, of its keys_file and of the environment together.
+
+    Raises:
+        ConfigError: a source of keys cannot be read, or holds something else.
+    """
+    keys = [*config.keys]
+    if config.keys_file is not None:
+        keys += _keys_in_file(Path(config.keys_file).expanduser())
+    if environ.get(ENV_KEYS, "").strip():
+        keys += keys_in_env(environ[ENV_KEYS], ENV_KEYS, ApiKey)
+    return keys
+
+
 def _groups(name: str) -> list[str]:
     """The paths above a client: ``acme/research/ann`` is below ``acme`` and ``acme/research``."""
     segments = name.split("/")
     return ["/".join(segments[:i]) for i in range(1, len(segments))]
 
 
-def _bearer(headers: Headers) -> bytes | None:
+def bearer_of(headers: Headers) -> bytes | None:
     """The caller's secret as the bytes that were sent, None without one."""
     sent = headers.getlist("authorization")
     if len(sent) != 1:
@@ -174,12 +215,17 @@ def _name_for(token: bytes) -> str:
     return text if FLAT_NAME.fullmatch(text) and not is_secret else f"key-{hashlib.sha256(token).hexdigest()[:8]}"
 
 
-def _keys_in_env(text: str) -> tuple[ApiKey, ...]:
+def keys_in_env(text: str, variable: str, kind: type[KeyKind]) -> tuple[KeyKind, ...]:
+    """The keys in the value of an environment variable, a JSON list.
+
+    Raises:
+        ConfigError: it is not; no secret is told.
+    """
     try:
         data = json.loads(text)
     except ValueError:
-        raise ConfigError(f"{ENV_KEYS} is not valid JSON") from None
-    return _validated(data, ENV_KEYS)
+        raise ConfigError(f"{variable} is not valid JSON") from None
+    return _validated(data, variable, kind)
 
 
 def _keys_in_file(path: Path) -> tuple[ApiKey, ...]:
@@ -191,18 +237,18 @@ def _keys_in_file(path: Path) -> tuple[ApiKey, ...]:
         mark = getattr(error, "problem_mark", None)  # the error's own text would show the line, and so the key
         where = "" if mark is None else f" (line {mark.line + 1})"
         raise ConfigError(f"api.keys_file {str(path)!r} is neither JSON nor YAML{where}") from None
-    return _validated(data, f"api.keys_file {str(path)!r}")
+    return _validated(data, f"api.keys_file {str(path)!r}", ApiKey)
 
 
-def _validated(data: Any, source: str) -> tuple[ApiKey, ...]:
+def _validated(data: Any, source: str, kind: type[KeyKind]) -> tuple[KeyKind, ...]:
     if not isinstance(data, list):
         raise ConfigError(f"{source} must hold a list of keys")
     for index, entry in enumerate(data):
-        if isinstance(entry, dict) and not entry.keys() <= ApiKey.model_fields.keys():
+        if isinstance(entry, dict) and not entry.keys() <= kind.model_fields.keys():
             # Not named: whoever writes {secret: client} has made the secret a field name.
-            raise ConfigError(f"{source}: entry {index} has an unknown field; known: {', '.join(ApiKey.model_fields)}")
+            raise ConfigError(f"{source}: entry {index} has an unknown field; known: {', '.join(kind.model_fields)}")
     try:
-        return _KEY_LIST.validate_python(tuple(data))
+        return TypeAdapter(tuple[kind, ...]).validate_python(tuple(data))  # type: ignore[valid-type]
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(str(step) for step in first["loc"])

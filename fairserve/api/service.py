@@ -17,6 +17,10 @@ from fairserve.api.labels import NO_LABELS, Labels
 from fairserve.api.merging import Batch, merged
 from fairserve.api.openai_schema import ChatRequest, CompletionRequest
 from fairserve.api.prompts import Prompts, TextTokenizer
+from fairserve.api.request_metrics import RequestMeter, RequestMetrics
+from fairserve.clock import SystemClock
+from fairserve.cluster.metrics_sink import NO_METRICS, MetricsSink
+from fairserve.cluster.tracing import NO_TRACING, REQUEST, Tracer
 from fairserve.config import FairServeArgs
 from fairserve.engine.request import GenerateRequest, RequestOutput
 from fairserve.errors import InvalidRequest, PromptTooLong, RequestTimeout, UnknownModel
@@ -59,6 +63,8 @@ class OpenAIService:
         environ: where FAIRSERVE_API_KEYS may be.
         unix_time_s: for the ``created`` fields.
         timeout: makes the context manager that ends a request after so many seconds.
+        metrics: where what callers get is counted.
+        tracer: what records a span of each request.
 
     Raises:
         ConfigError: the API keys are wrong.
@@ -74,17 +80,31 @@ class OpenAIService:
         environ: Mapping[str, str] = os.environ,
         unix_time_s: Callable[[], float] = time.time,
         timeout: Callable[[float], asyncio.Timeout] = asyncio.timeout,
+        metrics: MetricsSink = NO_METRICS,
+        tracer: Tracer = NO_TRACING,
     ) -> None:
         self.model_name = args.model_name
         self.max_body_bytes = args.api.max_body_bytes
-        self._limits = args.api.model_copy(update={"keys": ()})
-        self._identities = Identities.from_config(args.api, environ)
+        self._limits = args.api.model_copy(update={"keys": (), "admin_keys": ()})
+        self.deployed = self._identities = Identities.from_config(args.api, environ)
+        """Who has a key of the deployment."""
         self._backend = backend
         self._prompts = Prompts(tokenizer)
         self._max_model_len = max_model_len
         self._unix_time_s = unix_time_s
         self._timeout = timeout
+        self._tracer = tracer
+        self._metrics = RequestMetrics(metrics, args.metrics.top_clients, SystemClock())
         self._started_s = int(unix_time_s())
+
+    @property
+    def is_open(self) -> bool:
+        """There is no API key: anybody may call."""
+        return self._identities.is_open
+
+    def adopt(self, identities: Identities) -> None:
+        """From the next request on, these are the callers."""
+        self._identities = identities
 
     def identify(self, headers: Headers) -> Client:
         """The caller of a request; see :meth:`Identities.identify`."""
@@ -123,10 +143,16 @@ class OpenAIService:
             return body | {"mode": "open", "warning": OPEN_WARNING}
         return body | {"mode": "keyed"}
 
-    async def job(self, body: Generation, client: Client, labels: Labels = NO_LABELS) -> Job:
+    def meter(self, client: Client, trace: str = "") -> RequestMeter:
+        """Begin to measure a request of this client; ``trace``: the caller's traceparent."""
+        span = self._tracer.begin(REQUEST, trace, client=client.name, model=self.model_name)
+        return RequestMeter(self._metrics, client.name, span)
+
+    async def job(self, body: Generation, client: Client, labels: Labels = NO_LABELS, trace: str = "") -> Job:
         """Check and tokenize a request: everything that can be the caller's mistake shows here.
 
-        All its sequences carry the same ``labels``: one HTTP request is one call of its interaction.
+        All its sequences carry the same ``labels``: one HTTP request is one call of its interaction. ``trace``: the
+        traceparent that their spans belong below.
 
         Raises:
             UnknownModel, InvalidRequest, PromptTooLong: see :mod:`fairserve.errors`.
@@ -143,7 +169,7 @@ class OpenAIService:
             response_id=response_id,
             created_s=int(self._unix_time_s()),
             model=self.model_name,
-            requests=tuple(self._requests(response_id, body, client, labels, prompts)),
+            requests=tuple(self._requests(response_id, body, client, labels, prompts, trace)),
             n=body.n,
             stream=body.stream,
             include_usage=body.include_usage,
@@ -186,6 +212,7 @@ class OpenAIService:
         client: Client,
         labels: Labels,
         prompts: Sequence[tuple[int, ...]],
+        trace: str,
     ) -> list[GenerateRequest]:
         requests: list[GenerateRequest] = []
         for prompt in prompts:
@@ -201,6 +228,7 @@ class OpenAIService:
                     application=labels.application,
                     interaction=labels.interaction,
                     call_index=labels.call_index,
+                    trace=trace,
                 )
                 requests.append(request)
         return requests

@@ -7,23 +7,34 @@ puts the shell round it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 from fairserve.assembly import make_dispatcher
 from fairserve.clock import Clock, SystemClock
+from fairserve.cluster.actor_metrics import ActorMetrics
 from fairserve.cluster.counter_client import for_ever
+from fairserve.cluster.desk import Change, Desk
+from fairserve.cluster.keeper import ClusterMemory, Keeper, Memory, live_memory, ray_session_folder, store_of
 from fairserve.cluster.line_file import LineFile
+from fairserve.cluster.metrics_sink import MetricsSink, actor_metrics
+from fairserve.cluster.reading import About, Reading, told
 from fairserve.config import ApiConfig, CounterConfig, FairServeArgs
+from fairserve.dispatch.controls import Control, Controls
 from fairserve.dispatch.decision_log import DecisionLog
 from fairserve.dispatch.demand import Demand, demand
 from fairserve.dispatch.dispatcher import Dispatcher
+from fairserve.dispatch.history import WEEK_S
 from fairserve.dispatch.messages import ReportReply, RouterCall, RouterReply, StepReport
+from fairserve.dispatch.notes import Notes
+from fairserve.dispatch.overview import known_clients
 from fairserve.dispatch.status import status
 from fairserve.dispatch.store import SqliteStore
+from fairserve.errors import UnknownClient
 
 logger = logging.getLogger(__name__)
 
@@ -31,24 +42,18 @@ TICK_S = 0.1
 MAX_CONCURRENCY = 10_000
 """Calls the actor may hold at once: two per router and one per replica. Ray's default of 1,000 deadlocks when it is
 reached, because a report then waits behind the polls that wait for it."""
+MAX_RESTORED = 300_000
+"""Points of history that a restart waits for."""
 HEAD_NODE_RESOURCE = "node:__internal_head__"
-
-
-def store_of(config: CounterConfig) -> SqliteStore | None:
-    return SqliteStore(config.snapshot_path) if config.snapshot_path else None
-
-
-class SettingsMemory(Protocol):
-    """Outlives the actor's process, not the actor. Both methods may block."""
-
-    def recall(self) -> str | None: ...
-    def remember(self, args_json: str) -> None: ...
 
 
 class CounterService:
     """Forwards to the Dispatcher; adds waiting (long polls), the clock and snapshots. Decides nothing.
 
-    ``memory`` keeps the settings of the newest :meth:`configure` for a restart, which comes with the first settings.
+    ``memory`` keeps the settings of the newest :meth:`configure` for a restart, which comes with the first settings;
+    ``live_memory`` keeps what was changed live, beside the store. ``session_folder`` names the folder of the cluster's
+    session, where there is one. ``metrics`` None: none are exported. ``was_restarted`` tells whether this is not the
+    actor's first life.
     """
 
     def __init__(
@@ -58,17 +63,43 @@ class CounterService:
         clock: Clock | None = None,
         epoch: int | None = None,
         on_idle: Callable[[], None] | None = None,
-        memory: SettingsMemory | None = None,
+        memory: Memory | None = None,
+        live_memory: Memory | None = None,
+        session_folder: Callable[[], str] | None = None,
+        unix_s: Callable[[], float] = time.time,
+        metrics: MetricsSink | None = None,
+        was_restarted: Callable[[], bool] = lambda: False,
     ) -> None:
         self._memory = memory
-        self._args = FairServeArgs.model_validate_json((memory.recall() if memory else None) or args_json)
+        deployed = FairServeArgs.model_validate_json((memory.recall() if memory else None) or args_json)
+        self._deployed_json = deployed.model_dump_json()
+        self._config: CounterConfig = deployed.counter
+        self._session_folder = session_folder
+        self._keeper = Keeper(store_of(self._config, session_folder), live_memory)
+        state, audit = self._keeper.begin()
+        self._desk = Desk(deployed, unix_s, state=state, audit=audit)
+        self._changing = asyncio.Lock()
+        self._controls = Controls()
+        for client, control in state.controls.items():
+            self._controls.put(client, control)
+        self._args = self._desk.in_force
         self._clock = clock or SystemClock()
-        self._config: CounterConfig = self._args.counter
         self._on_idle = on_idle
-        self._log_file = LineFile(self._config.decision_log_path) if self._config.decision_log_path else None
+        self._log_file: LineFile | None = None
+        if self._config.decision_log_path:
+            self._log_file = LineFile(self._config.decision_log_path, heading=lambda: self._log_heading)
+        self._log_heading = ""
         self._dispatcher = self._new_dispatcher(self._args, epoch or time.time_ns())
-        self._store = store_of(self._config)
-        self._restore()
+        self._unix_s = unix_s
+        self._reading = Reading(lambda: self._dispatcher, self._about, self._clock.now_s, unix_s=unix_s)
+        restored = self._restore()
+        num_restored = len(known_clients(self._dispatcher)) if restored else 0
+        self._dispatcher.notes.started(num_restored, self._clock.now_s())
+        restored = restored or ("scratch" if was_restarted() else "first")
+        self._metrics: ActorMetrics | None = None
+        if metrics is not None:
+            self._metrics = ActorMetrics(metrics, deployed.metrics.top_clients, restored)
+        self._exported_s = self._clock.now_s() - deployed.metrics.interval_s
         self._polls: dict[str, set[asyncio.Event]] = {}
         self._ticking: asyncio.Task[None] | None = None
         self._saved_s = self._busy_s = self._clock.now_s()
@@ -82,10 +113,10 @@ class CounterService:
         return reply
 
     async def poll(self, call: RouterCall) -> RouterReply:
-        """Grants for this router, as soon as there are any, at the latest after ``poll_s``."""
+        """Grants and late refusals for this router, as soon as there are any, at the latest after ``poll_s``."""
         asked = self._dispatcher
         reply = asked.poll(call, self._now_s())
-        if reply.grants or reply.resubmit:
+        if reply.grants or reply.refusals or reply.resubmit:
             return reply
         event = asyncio.Event()
         polls = self._polls.setdefault(call.router, set())  # more than one when the router gave one up
@@ -115,24 +146,52 @@ class CounterService:
         """A plain picture of clients, replicas, gap and bound."""
         return status(self._dispatcher, self._now_s())
 
+    async def overview(self, top: int = 50, search: str | None = None) -> dict[str, Any]:
+        """``views.Overview``; see :class:`~fairserve.cluster.reading.Reading` for this and the next four."""
+        self._now_s()
+        return await self._reading.overview(top, search)
+
+    async def clients(
+        self, offset: int = 0, limit: int = 100, order: str = "service", search: str | None = None
+    ) -> dict[str, Any]:
+        """``views.ClientPage``: descending, but by name ascending."""
+        self._now_s()
+        return await self._reading.clients(offset, limit, order, search)
+
+    async def client(self, name: str) -> dict[str, Any]:
+        """``views.ClientView``."""
+        self._now_s()
+        return await self._reading.client(name)
+
+    async def history(self, clients: list[str], since_s: float = 0, resolution_s: int = 1) -> dict[str, Any]:
+        """``views.History`` since a Unix time."""
+        self._now_s()
+        return await self._reading.history(clients, since_s, resolution_s)
+
+    async def events(self, after_seq: int = 0, limit: int = 200) -> list[dict[str, Any]]:
+        """``views.EventView``, oldest first."""
+        self._now_s()
+        return await self._reading.events(after_seq, limit)
+
     async def demand(self) -> Demand:
         """The work of the whole cluster, for autoscaling."""
         return demand(self._dispatcher, self._now_s())
 
     async def configure(self, args_json: str) -> int:
         """Take over the fairness and dispatch settings of a new deployment. Counters stay; a change of settings begins
-        a new epoch, so that routers submit again and replicas report in full. Returns the epoch."""
+        a new epoch, so that routers submit again and replicas report in full. What was changed live stays over them.
+        Returns the epoch."""
         self._now_s()
-        args = FairServeArgs.model_validate_json(args_json)
-        if (args.fairness, args.dispatch) != (self._args.fairness, self._args.dispatch):
-            snapshot = self._dispatcher.dump()
-            self._dispatcher = self._new_dispatcher(args, max(time.time_ns(), self._dispatcher.epoch + 1))
-            self._dispatcher.load(snapshot)
-            self._wake(self._polls)
-        if args.counter.snapshot_path != self._config.snapshot_path:
-            self._store = store_of(args.counter)
-        is_new = args != self._args
-        self._args, self._config = args, args.counter
+        deployed = FairServeArgs.model_validate_json(args_json)
+        self._desk.deploy(deployed)
+        self._take_settings()
+        has_moved = deployed.counter.store != self._config.store
+        is_new = deployed.model_dump_json() != self._deployed_json
+        self._config, self._deployed_json = deployed.counter, deployed.model_dump_json()
+        if has_moved:
+            async with self._changing:
+                store = store_of(self._config, self._session_folder)
+                await asyncio.to_thread(self._keeper.move, store, self._desk.state)
         if is_new and self._memory is not None:
             await asyncio.to_thread(self._memory.remember, args_json)
         return self._dispatcher.epoch
@@ -142,24 +201,134 @@ class CounterService:
         self._now_s()
         return self._dispatcher.epoch
 
+    # -- changes ------------------------------------------------------------------------------------------------------
+    # Durable when they return; each is one entry of the audit log, in the name of ``who``.
+
+    async def set_client(self, name: str, change: dict[str, Any], who: str) -> dict[str, Any]:
+        """Set fields of ``views.ClientChange``, None takes one back, in force from the next pick on. Returns
+        ``views.ClientView``.
+
+        Raises:
+            InvalidRequest: a field is wrong or unknown, or there can be no client of that name.
+            ChangeNotKept: it could not be written down, and was not made.
+        """
+
+        def put(control: Control) -> None:
+            self._dispatcher.control(name, control, self._now_s())
+            self._wake_routers()
+
+        def is_node(name: str) -> bool:
+            return name in self._dispatcher.queue.table
+
+        await self._change(lambda: self._desk.plan_client(name, change, who, is_node), put)
+        return await self.client(name)
+
+    async def set_settings(self, change: dict[str, Any], who: str) -> list[dict[str, Any]]:
+        """Set settings by path, None takes one back to the deployment's. A new epoch begins. Returns
+        ``views.SettingView`` of those that were named.
+
+        Raises:
+            InvalidRequest: a value is wrong, or a setting cannot be changed live.
+            ChangeNotKept: see :meth:`set_client`.
+        """
+        paths = await self._change(lambda: self._desk.plan_settings(change, who), lambda _: self._take_settings())
+        return self._desk.settings(paths)
+
+    async def add_key(self, entry: dict[str, Any], who: str) -> dict[str, Any]:
+        """Add an API key: fields of ``config.ApiKey``, with its digest and without the secret. Every ingress accepts it
+        within about a second. Returns ``views.KeyView``.
+
+        Raises:
+            InvalidRequest: the entry is wrong, or contradicts another live key.
+            ChangeNotKept: see :meth:`set_client`.
+        """
+        view: dict[str, Any] = await self._change(lambda: self._desk.plan_key(entry, who))
+        return view
+
+    async def revoke_key(self, id: str, who: str) -> dict[str, Any]:  # noqa: A002 (the view's word)
+        """Take a live key away; ``id``: the first digits of its digest. Every ingress refuses it within about a second.
+        Returns ``views.KeyView``.
+
+        Raises:
+            UnknownKey: no live key begins so.
+            InvalidRequest: several do.
+            ChangeNotKept: see :meth:`set_client`.
+        """
+        view: dict[str, Any] = await self._change(lambda: self._desk.plan_revoke(id, who))
+        return view
+
+    async def keys(self) -> list[dict[str, Any]]:
+        """``views.KeyView`` of the live keys; those of the deployment are known to the ingress only."""
+        return self._desk.keys()
+
+    async def key_directory(self, version: int) -> dict[str, Any] | None:
+        """The live keys for an ingress that knows those of ``version`` (-1: none); None when it is up to date."""
+        return self._desk.key_directory(version)
+
+    async def settings(self) -> list[dict[str, Any]]:
+        """``views.SettingView`` of all settings that can be changed live."""
+        return self._desk.settings()
+
+    async def audit(self, before_seq: int | None = None, limit: int = 200) -> list[dict[str, Any]]:
+        """``views.AuditView``, newest first."""
+        return self._desk.audit(before_seq, limit)
+
+    async def _change(self, plan: Callable[[], Change], apply: Callable[[Any], None] = lambda answer: None) -> Any:
+        """Check, keep, adopt, apply; one change at a time. What is kept is adopted even when the caller has gone."""
+        self._now_s()
+
+        async def make() -> Any:
+            async with self._changing:
+                change = plan()
+                await asyncio.to_thread(self._keeper.keep, change)
+                self._desk.adopt(change)
+                apply(change.answer)
+                who, what, client = told(change.entry)
+                self._dispatcher.notes.changed(who, what, self._clock.now_s(), client)
+                return change.answer
+
+        return await asyncio.shield(asyncio.create_task(make()))
+
+    def _take_settings(self) -> None:
+        """The settings in force may have changed."""
+        args = self._desk.in_force
+        if (args.fairness, args.dispatch) != (self._args.fairness, self._args.dispatch):
+            snapshot, notes = self._dispatcher.dump(), self._dispatcher.notes
+            self._dispatcher = self._new_dispatcher(args, max(time.time_ns(), self._dispatcher.epoch + 1), notes)
+            self._dispatcher.load(snapshot)
+            self._wake(self._polls)
+        self._args = args
+
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _new_dispatcher(self, args: FairServeArgs, epoch: int) -> Dispatcher:
+    def _about(self) -> About:
+        return About(self._args.model_name, self._args.fairness.prediction)
+
+    def _new_dispatcher(self, args: FairServeArgs, epoch: int, notes: Notes | None = None) -> Dispatcher:
         log = None
         if self._log_file is not None:
             log = DecisionLog(self._log_file.write)
             log.began(policy=args.fairness.policy, epoch=epoch, now_s=self._clock.now_s())
-        return make_dispatcher(args.fairness, args.dispatch, epoch=epoch, log=log)
+            self._log_heading = log.heading
+        return make_dispatcher(args.fairness, args.dispatch, epoch=epoch, log=log, notes=notes, controls=self._controls)
 
-    def _restore(self) -> None:
-        if self._store is None:
-            return
+    def _restore(self) -> str:
+        """Where the counters go on from: a snapshot, or nowhere ("")."""
+        restored, store = "", self._keeper.store
+        if store is None:
+            return restored
         try:
-            snapshot = self._store.load()
+            snapshot = store.load()
             if snapshot is not None:
                 self._dispatcher.load(snapshot)
+                restored = "snapshot"
         except ValueError as error:
-            logger.error("%s; set aside as %s, counters begin level", error, self._store.set_aside())
+            logger.error("counters begin level: %s", error)
+        try:
+            self._reading.history_book.load(store.load_history(60, self._unix_s() - WEEK_S, MAX_RESTORED))
+        except ValueError as error:
+            logger.error("history begins anew: %s", error)
+        return restored
 
     def _now_s(self) -> float:
         if self._ticking is None:
@@ -179,20 +348,37 @@ class CounterService:
         now_s = self._clock.now_s()
         self._dispatcher.tick(now_s)
         self._wake_routers()
+        await self._reading.tick()
+        await self._export(now_s)
         if self._log_file is not None:
             await asyncio.to_thread(self._log_file.flush)
-        if self._store is not None and now_s - self._saved_s >= self._config.snapshot_s:
+        store = self._keeper.store
+        if store is not None and now_s - self._saved_s >= self._config.snapshot_s:
             self._saved_s = now_s
-            await self._save(self._store)
+            await self._save(store)
         if self._dispatcher.is_idle:
             if now_s - self._busy_s > self._config.idle_ttl_s and self._on_idle is not None:
                 self._on_idle()
         else:
             self._busy_s = now_s
 
+    async def _export(self, now_s: float) -> None:
+        metrics = self._metrics
+        if metrics is None or now_s - self._exported_s < self._args.metrics.interval_s:
+            return
+        self._exported_s = now_s
+        picture = await self._reading.overview(metrics.num_rows)
+        rows = {}
+        for name in metrics.missing(picture):
+            with contextlib.suppress(UnknownClient):
+                rows[name] = await self._reading.client(name)
+        metrics.export(picture, rows.get, now_s)
+
     async def _save(self, store: SqliteStore) -> None:
         try:
             await asyncio.to_thread(store.save, self._dispatcher.dump())
+            if rows := self._reading.take_new_rows():
+                await asyncio.to_thread(store.save_history, rows, {60: self._unix_s() - WEEK_S})
         except Exception:
             logger.exception("the counters could not be saved")
 
@@ -204,24 +390,23 @@ def end_this_actor() -> None:
     ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
 
-class ClusterMemory:
-    """Settings in Ray's internal key-value store, under the actor's id, which a restart keeps."""
+def was_this_actor_restarted() -> bool:
+    import ray
 
-    def recall(self) -> str | None:
-        from ray.experimental.internal_kv import _internal_kv_get
+    try:
+        return bool(ray.get_runtime_context().was_current_actor_reconstructed)
+    except Exception:
+        logger.exception("Ray does not tell whether this actor was restarted")
+        return False
 
-        value = _internal_kv_get(self._key())
-        return None if value is None else value.decode()
 
-    def remember(self, args_json: str) -> None:
-        from ray.experimental.internal_kv import _internal_kv_put
-
-        _internal_kv_put(self._key(), args_json)
-
-    def _key(self) -> str:
-        import ray
-
-        return f"fairserve:settings:{ray.get_runtime_context().get_actor_id()}"
+def place_of(config: CounterConfig, offered: Mapping[str, float]) -> dict[str, float] | None:
+    """The custom resources that keep the actor on its node; ``offered`` is what the cluster has by now."""
+    if config.resource is not None:
+        return {config.resource: 0.001}
+    if config.pin_to_head and HEAD_NODE_RESOURCE in offered:
+        return {HEAD_NODE_RESOURCE: 0.001}
+    return None
 
 
 def start_counter_actor(args: FairServeArgs) -> Any:
@@ -233,7 +418,9 @@ def start_counter_actor(args: FairServeArgs) -> Any:
     import ray
 
     config = args.counter
-    pinned = config.pin_to_head and HEAD_NODE_RESOURCE in ray.cluster_resources()
+    offered = ray.cluster_resources()
+    if config.resource is not None and config.resource not in offered:
+        logger.warning("no node offers %r (counter.resource) yet: the counter actor waits for one", config.resource)
     return (
         ray.remote(CounterService)
         .options(
@@ -245,9 +432,17 @@ def start_counter_actor(args: FairServeArgs) -> Any:
             max_task_retries=0,
             max_concurrency=MAX_CONCURRENCY,
             num_cpus=0,
-            resources={HEAD_NODE_RESOURCE: 0.001} if pinned else None,
+            resources=place_of(config, offered),
         )
-        .remote(without_keys(args).model_dump_json(), on_idle=end_this_actor, memory=ClusterMemory())
+        .remote(
+            without_keys(args).model_dump_json(),
+            on_idle=end_this_actor,
+            memory=ClusterMemory(),
+            live_memory=live_memory(config),
+            session_folder=ray_session_folder,
+            metrics=actor_metrics(args.metrics, config.name),
+            was_restarted=was_this_actor_restarted,
+        )
     )
 
 

@@ -11,10 +11,14 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Protocol, TypeVar
 
 from fairserve.clock import Clock
+from fairserve.cluster.metrics_sink import NO_METRICS, MetricsSink
+from fairserve.cluster.replica_metrics import CallMeter, router_meter
+from fairserve.cluster.tracing import QUEUE, Tracer, spanning
 from fairserve.config import CounterConfig
 from fairserve.dispatch.messages import Grant, ReportReply, RouterCall, RouterReply, StepReport, Submit
 from fairserve.dispatch.router_book import RouterBook
 from fairserve.errors import Refused
+from fairserve.metric_table import UNGRANTED_REQUESTS
 
 logger = logging.getLogger(__name__)
 
@@ -69,12 +73,16 @@ class RayTransport:
         reply: ReportReply = await self._call("report", report)
         return reply
 
-    async def _call(self, method: str, message: object) -> Any:
+    async def call(self, method: str, **arguments: Any) -> Any:
+        """The answer of any method of the actor."""
+        return await self._call(method, **arguments)
+
+    async def _call(self, method: str, *message: object, **arguments: Any) -> Any:
         from ray.exceptions import ActorDiedError
 
         actor = self._actor or await self._found()
         try:
-            return await getattr(actor, method).remote(message)
+            return await getattr(actor, method).remote(*message, **arguments)
         except ActorDiedError:
             if self._actor is actor:
                 self._actor = None
@@ -98,14 +106,15 @@ class CounterLink:
     The actor counts as unreachable once no call has succeeded for ``call_timeout_s`` and one has just failed.
     """
 
-    def __init__(self, config: CounterConfig, clock: Clock) -> None:
+    def __init__(self, config: CounterConfig, clock: Clock, meter: CallMeter | None = None) -> None:
         self._timeout_s = config.call_timeout_s
         self._clock = clock
+        self._meter = meter
         self._last_success_s = clock.now_s()
         self.is_down = False
         self.num_faults = 0
 
-    async def call(self, attempt: Callable[[], Awaitable[Reply]]) -> Reply | None:
+    async def call(self, attempt: Callable[[], Awaitable[Reply]], *, is_long_poll: bool = False) -> Reply | None:
         """The reply, or None when it did not come in time or the call failed."""
         began_s = self._clock.now_s()
         try:
@@ -117,11 +126,15 @@ class CounterLink:
             if not self.is_down and (silent_s >= self._timeout_s or not isinstance(error, TimeoutError)):
                 logger.warning("counter actor unreachable, going on without it: %r", error)
                 self.is_down = True
+            if self._meter is not None:
+                self._meter.failed(error, is_down=self.is_down)
             return None
         if self.is_down:
             logger.warning("counter actor reachable again")
         self.is_down = False
         self._last_success_s = self._clock.now_s()
+        if self._meter is not None:
+            self._meter.answered(None if is_long_poll else self._last_success_s - began_s)
         return reply
 
     async def _in_time(self, attempt: Callable[[], Awaitable[Reply]]) -> Reply:
@@ -148,11 +161,19 @@ class CounterLink:
 class RouterClient:
     """Gets grants for the requests of one router; keeps one batched call and one long poll in flight."""
 
-    def __init__(self, book: RouterBook, transport: CounterTransport, config: CounterConfig, clock: Clock) -> None:
+    def __init__(
+        self,
+        book: RouterBook,
+        transport: CounterTransport,
+        config: CounterConfig,
+        clock: Clock,
+        metrics: MetricsSink = NO_METRICS,
+    ) -> None:
         self._book = book
         self._transport = transport
         self._clock = clock
-        self._link = CounterLink(config, clock)
+        self._metrics = metrics
+        self._link = CounterLink(config, clock, router_meter(metrics))
         self._waiters: dict[str, asyncio.Future[Grant | None]] = {}
         self._news = asyncio.Event()
         self._waiting = asyncio.Event()
@@ -220,6 +241,7 @@ class RouterClient:
         future = self._waiters.pop(request_id, None)
         if future is not None and not future.done():
             self._book.forget(request_id)
+            self._metrics.add(UNGRANTED_REQUESTS)
             future.set_result(None)
 
     def _start(self) -> None:
@@ -240,7 +262,7 @@ class RouterClient:
             self._waiting.clear()
             await self._waiting.wait()
         call = self._book.compose_poll()
-        reply = await self._link.call(lambda: self._transport.poll(call))
+        reply = await self._link.call(lambda: self._transport.poll(call), is_long_poll=True)
         await self._took(reply, to_poll=True)
         if reply is not None and reply.resubmit:
             await asyncio.sleep(RETRY_S)  # polls have nothing to give until all is submitted again
@@ -255,3 +277,13 @@ class RouterClient:
             for request_id in list(self._waiters):
                 self._let_go(request_id)
         await asyncio.sleep(RETRY_S)
+
+
+async def traced_acquire(tracer: Tracer, trace: str, client: RouterClient, submit: Submit) -> Grant | None:
+    """:meth:`RouterClient.acquire` inside a span, below the traceparent ``trace``, that tells what was decided."""
+    with spanning(tracer, QUEUE, trace, client=submit.client, is_retry=submit.is_retry) as span:
+        grant = await client.acquire(submit)
+        span.note(is_granted=grant is not None)
+        if grant is not None:
+            span.note(replica=grant.replica, waited_s=grant.waited_s, grant=grant.seq)
+        return grant

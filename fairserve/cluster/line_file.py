@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -15,11 +16,13 @@ MAX_PENDING = 200_000
 
 class LineFile:
     """``write`` only remembers; ``flush``, which may block and never raises, appends. At ``max_bytes`` the file moves
-    to FILE.1, over the one before."""
+    to FILE.1, over the one before, and the next one begins with ``heading()``, where that is not empty."""
 
-    def __init__(self, path: str, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(self, path: str, max_bytes: int = MAX_BYTES, heading: Callable[[], str] = str) -> None:
         self._path = Path(path).expanduser()
         self._max_bytes = max_bytes
+        self._heading = heading
+        self._has_moved = False
         self._pending: deque[str] = deque(maxlen=MAX_PENDING)
 
     def write(self, line: str) -> None:
@@ -31,10 +34,13 @@ class LineFile:
             return
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            if self._has_moved and (heading := self._heading()) and lines[0] != heading:
+                lines.insert(0, heading)
             with self._path.open("a") as file:
                 file.writelines(line + "\n" for line in lines)
                 size = file.tell()
-            if size >= self._max_bytes:
+            self._has_moved = size >= self._max_bytes
+            if self._has_moved:
                 self._path.replace(self._path.with_name(self._path.name + ".1"))
         except OSError:
             logger.exception("%d lines could not be written to %s", len(lines), self._path)

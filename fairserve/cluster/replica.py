@@ -16,7 +16,10 @@ from fairserve.assembly import make_local_book
 from fairserve.clock import Clock, SystemClock
 from fairserve.cluster.counter_actor import start_counter_actor, without_keys
 from fairserve.cluster.counter_client import RETRY_S, CounterLink, CounterTransport, RayTransport, for_ever
+from fairserve.cluster.metrics_sink import NO_METRICS, MetricsSink, deployment_metrics
 from fairserve.cluster.outputs import OutputStream
+from fairserve.cluster.replica_metrics import ReplicaMetrics, replica_meter
+from fairserve.cluster.tracing import NO_TRACING, PhaseSpans, Tracer, make_tracing
 from fairserve.config import FairServeArgs
 from fairserve.dispatch.replica_book import BookEvents, LocalBook, Reporter
 from fairserve.engine.events import Limits, StepEvents
@@ -49,13 +52,18 @@ class ReplicaCore:
         transport: CounterTransport,
         args: FairServeArgs,
         clock: Clock,
+        metrics: MetricsSink = NO_METRICS,
+        tracer: Tracer = NO_TRACING,
     ) -> None:
         self.limits = limits
+        self._name = name
+        self._tracer = tracer
         self._book = book
         self._transport = transport
         self._config = args.counter
         self._clock = clock
-        self._link = CounterLink(args.counter, clock)
+        self._metrics = ReplicaMetrics(metrics, limits, args.metrics.interval_s, clock.now_s())
+        self._link = CounterLink(args.counter, clock, replica_meter(metrics))
         self._reporter = Reporter(name, time.time_ns())
         self._streams: dict[str, OutputStream] = {}
         self._clients: dict[str, str] = {}
@@ -107,16 +115,22 @@ class ReplicaCore:
         if waited_s is None:
             keep_s = min(KEEP_S * 2**num_returns, MAX_KEEP_S)
             self._return_at_s[request_id] = self._clock.now_s() + keep_s
-        finished = False
+        spans = PhaseSpans(self._tracer, request, self._name) if request.trace else None
+        finished, reason = False, "left"
         try:
             async for output in stream:
                 finished = output.finish_reason is not None
+                if spans is not None:
+                    spans.saw(output)
+                    reason = output.finish_reason or reason
                 if output.finish_reason == "error":
                     raise ReplicaFailed(output.error or "the engine failed")
                 yield output
         finally:
             del self._streams[request_id]
             self._return_at_s.pop(request_id, None)
+            if spans is not None:
+                spans.end(reason)
             if not finished:
                 with contextlib.suppress(ReplicaFailed):  # stopped meanwhile: it aborts all by itself
                     self._engine_loop.abort(request_id)
@@ -150,6 +164,7 @@ class ReplicaCore:
 
     def _take(self, events: StepEvents, book: BookEvents) -> None:
         self._newest = events
+        self._metrics.took(events)
         self._reporter.add(book)
         for request_id in book.started:
             self._return_at_s.pop(request_id, None)
@@ -188,6 +203,7 @@ class ReplicaCore:
             async with asyncio.timeout(self._config.heartbeat_s):
                 await self._news.wait()
         self._news.clear()
+        self._metrics.export(self._newest, self._clock.now_s())
         if not self.is_healthy:  # no reports: what is silent is granted nothing
             self._fail_all()
         elif await self._report():
@@ -210,9 +226,11 @@ class ReplicaCore:
             num_running=newest.num_running,
             num_waiting=newest.num_waiting,
         )
+        self._metrics.reported()
         reply = await self._link.call(lambda: self._transport.report(report))
         if reply is None:
             return False
+        self._metrics.merged()
         reported = self._reporter.replied(reply)
         if reported is not None and reply.counters:
             with contextlib.suppress(ReplicaFailed):  # stopped meanwhile
@@ -250,7 +268,9 @@ class ModelReplica:
         )
         name = serve.get_replica_context().replica_id.unique_id
         transport = RayTransport(lambda: start_counter_actor(args), actor)
-        self._core = ReplicaCore(name, engine.limits, book, transport, args, clock)
+        metrics = deployment_metrics(args.metrics, args.counter.name)
+        tracer = make_tracing(args.tracing)
+        self._core = ReplicaCore(name, engine.limits, book, transport, args, clock, metrics, tracer)
         self._core.start(EngineLoop(engine, self._core.on_step))
 
     async def generate(

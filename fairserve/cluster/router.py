@@ -24,15 +24,17 @@ class FairRouter(RequestRouter):
     """Waits for a grant, then sends the request to the granted replica; without the counter actor, to the less loaded
     of two random replicas, whose local queue is fair by itself.
 
-    ``request_router_kwargs``: ``counter``, a ``CounterConfig`` as a dict; ``prefix_block_tokens``, 0 where the policy
-    does not look at prefixes.
+    ``request_router_kwargs``: ``counter``, a ``CounterConfig`` as a dict; ``metrics``, a ``MetricsConfig`` as one;
+    ``tracing``, a ``TracingConfig``; ``prefix_block_tokens``, 0 where the policy does not look at prefixes.
     """
 
     def initialize_state(self, **kwargs: Any) -> None:
         from fairserve.clock import SystemClock
         from fairserve.cluster.counter_actor import find_counter_actor
         from fairserve.cluster.counter_client import RayTransport, RouterClient
-        from fairserve.config import CounterConfig
+        from fairserve.cluster.metrics_sink import deployment_metrics
+        from fairserve.cluster.tracing import make_tracing
+        from fairserve.config import CounterConfig, MetricsConfig, TracingConfig
         from fairserve.dispatch.router_book import RouterBook
 
         config = CounterConfig.model_validate(kwargs["counter"])
@@ -42,7 +44,9 @@ class FairRouter(RequestRouter):
             RayTransport(lambda: find_counter_actor(config)),
             config,
             SystemClock(),
+            deployment_metrics(MetricsConfig.model_validate(kwargs.get("metrics", {})), config.name),
         )
+        self._tracer = make_tracing(TracingConfig.model_validate(kwargs.get("tracing", {})))
         self._random = random.Random()
         self._by_name: dict[str, ReplicaID] = {}
         """Every replica there ever was, so that one that is gone is not waited for."""
@@ -56,6 +60,7 @@ class FairRouter(RequestRouter):
     ) -> RunningReplica:
         from dataclasses import replace
 
+        from fairserve.cluster.counter_client import traced_acquire
         from fairserve.dispatch.messages import Submit
         from fairserve.engine.request import GenerateRequest
 
@@ -82,7 +87,7 @@ class FairRouter(RequestRouter):
         if void is not None:  # Serve could not hand it to that replica
             self._client.decline(void)
         while True:
-            grant = await self._client.acquire(submit)
+            grant = await traced_acquire(self._tracer, request.trace, self._client, submit)
             if grant is None:
                 await self._wait_for_any_replica()
                 pending_request.kwargs["waited_s"] = None

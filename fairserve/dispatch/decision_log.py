@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from fairserve.dispatch.controls import Control
 from fairserve.dispatch.leases import Lease
 from fairserve.dispatch.messages import Submit
 from fairserve.errors import Refused
@@ -22,10 +23,12 @@ class DecisionLog:
 
     def __init__(self, write: Callable[[str], None]) -> None:
         self._write = write
+        self.heading = ""
+        """The newest line that began: what a further file of this log has to begin with."""
 
     def began(self, *, policy: str, epoch: int, now_s: float) -> None:
         """An authority begins, or goes on with other settings."""
-        self._line(now_s, "began", version=LOG_VERSION, policy=policy, epoch=epoch)
+        self.heading = self._line(now_s, "began", version=LOG_VERSION, policy=policy, epoch=epoch)
 
     def submitted(self, submit: Submit, lift: float, now_s: float) -> None:
         self._line(now_s, "submit", lift=lift, **_of(submit))
@@ -47,11 +50,21 @@ class DecisionLog:
             waited_s=waited_s,
         )
 
+    def cancelled(self, request_id: str, now_s: float) -> None:
+        """Its caller, or its router, went away: it left before its end."""
+        self._line(now_s, "cancel", request=request_id)
+
+    def changed(self, client: str, control: Control, now_s: float) -> None:
+        """Somebody set these for the client; whatever is not named is as its key says."""
+        self._line(now_s, "change", client=client, set=control.dump())
+
     def finished(self, request_id: str, lease: Lease, now_s: float) -> None:
         self._line(now_s, "finish", request=request_id, output=lease.num_output, started=lease.has_started)
 
-    def _line(self, now_s: float, event: str, **fields: Any) -> None:
-        self._write(json.dumps({"t": round(now_s, 6), "event": event, **fields}, separators=(",", ":")))
+    def _line(self, now_s: float, event: str, **fields: Any) -> str:
+        line = json.dumps({"t": round(now_s, 6), "event": event, **fields}, separators=(",", ":"))
+        self._write(line)
+        return line
 
 
 def _of(submit: Submit) -> dict[str, Any]:

@@ -13,8 +13,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from fairserve.dispatch.capacity import Capacity, ReplicaRoom
+from fairserve.dispatch.controls import Control, Controls
 from fairserve.dispatch.decision_log import DecisionLog
 from fairserve.dispatch.door import Door
+from fairserve.dispatch.events import Events
 from fairserve.dispatch.leases import Lease, Leases, Waiting, scaled
 from fairserve.dispatch.ledger import Ledger
 from fairserve.dispatch.limits import DispatchLimits
@@ -28,10 +30,14 @@ from fairserve.dispatch.messages import (
     Submit,
     Totals,
 )
+from fairserve.dispatch.notes import Notes
 from fairserve.dispatch.placement import Placement
+from fairserve.dispatch.recent import Recent
 from fairserve.dispatch.sessions import RouterSession
+from fairserve.dispatch.waiting_room import WaitingRoom
 from fairserve.dispatch.watch import Watch
-from fairserve.errors import ClientQueueFull, ClusterQueueFull, InteractionThrottled
+from fairserve.dispatch.weights import Weights
+from fairserve.errors import ClientQueueFull, ClusterQueueFull, InteractionThrottled, Refused
 from fairserve.fairness.accounts import application_of, client_of
 from fairserve.fairness.bounds import BoundTracker, GapMonitor
 from fairserve.fairness.cost import CostFunction
@@ -46,6 +52,8 @@ __all__ = ["DispatchLimits", "Dispatcher"]
 
 SNAPSHOT_VERSION = 2
 UNREACHABLE_PAUSE_S = 1.0
+MOST_REFUSED = 32
+"""Interactions that are throttled in one go: no call takes long, and the next goes on."""
 
 
 class Dispatcher:
@@ -53,6 +61,8 @@ class Dispatcher:
 
     ``predictor`` foretells output lengths, ``throttle`` refuses interactions under overload, ``group_weights`` weighs
     organisations and teams, ``capacity`` and ``log`` may be handed in by a simulation and by whoever records decisions.
+    ``controls``: what is set live, which outlives this object; from now on only :meth:`control` may write it.
+    ``notes``: what is told for people's sake; it goes from one dispatcher to the next.
     """
 
     def __init__(
@@ -67,6 +77,8 @@ class Dispatcher:
         group_weights: Mapping[str, float] | None = None,
         capacity: Capacity | None = None,
         log: DecisionLog | None = None,
+        controls: Controls | None = None,
+        notes: Notes | None = None,
     ) -> None:
         assert epoch > 0
         self.epoch = epoch
@@ -80,13 +92,22 @@ class Dispatcher:
         self.leases = Leases()
         self.watch = Watch(self.queue)
         self._predictor: Predictor = predictor or NoPrediction()
-        self.door = Door(self.queue, limits, self.throttle)
-        self._placement = Placement(self.queue, self.capacity, self.leases, limits)
+        self.controls = Controls() if controls is None else controls
+        self.weights = Weights(self.queue, self.controls, self.leases, self.watch)
+        for client in self.controls:
+            self.weights.control(client)
+        self.room = WaitingRoom(self.queue, self.controls)
+        self.door = Door(self.queue, self.room, limits, self.throttle, self.controls)
+        self._placement = Placement(self.queue, self.capacity, self.leases, limits, self.watch)
         self._log = log
+        self.notes = notes or Notes()
+        self.notes.begins(self.queue.is_waiting)
         self._sessions: dict[str, RouterSession] = {}
         self._to_wake: set[str] = set()
         self._knows_the_past = False
         self.num_lifts = 0
+        self.num_sent = 0
+        """Grants and late refusals: each takes the next number."""
         self.num_granted = 0
         self.num_granted_over = 0
         self.num_lapsed = 0
@@ -101,6 +122,19 @@ class Dispatcher:
     def gaps(self) -> GapMonitor:
         """The gaps among them."""
         return self.watch.gaps[TOP]
+
+    @property
+    def events(self) -> Events:
+        return self.notes.events
+
+    @property
+    def recent(self) -> Recent:
+        return self.notes.recent
+
+    @property
+    def sessions(self) -> tuple[RouterSession, ...]:
+        """Of the routers that are known; to look at."""
+        return tuple(self._sessions.values())
 
     @property
     def num_routers(self) -> int:
@@ -118,7 +152,9 @@ class Dispatcher:
             session.is_complete = session.is_complete or call.is_full
             for replica in call.unreachable:
                 self.capacity.suspend(replica, now_s + UNREACHABLE_PAUSE_S)
-            for request_id in (*call.cancels, *call.declined):
+            for request_id in call.cancels:
+                self._cancel(request_id, now_s)
+            for request_id in call.declined:
                 self._drop(request_id, now_s)
             submits = call.submits
             if call.is_full:  # the least served first, or a client that is ahead would lift those behind it
@@ -134,7 +170,7 @@ class Dispatcher:
         return RouterReply(self.epoch) if session is None else self._reply(session, ())
 
     def take_routers_to_wake(self) -> set[str]:
-        """Routers that were granted something since the last call: their long polls should answer now."""
+        """Routers that have something to be told since the last call: their long polls should answer now."""
         routers, self._to_wake = self._to_wake, set()
         return routers
 
@@ -155,13 +191,16 @@ class Dispatcher:
         return self._sessions[call.router]
 
     def _reply(self, session: RouterSession, refusals: tuple[Refusal, ...]) -> RouterReply:
-        return RouterReply(self.epoch, tuple(session.outbox.values()), refusals, resubmit=not session.is_complete)
+        refusals = (*refusals, *session.late_refusals)
+        return RouterReply(self.epoch, session.grants, refusals, resubmit=not session.is_complete)
 
     def _submit(self, submit: Submit, session: RouterSession, now_s: float) -> Refusal | None:
-        if submit.request_id in self.queue or submit.request_id in self.leases:
+        request_id = submit.request_id
+        if request_id in self.room or request_id in self.leases or session.is_refused(request_id):
             return None
         client = submit.client
-        self.queue.register(client, submit.weight)
+        self.weights.carry(client, submit.weight)
+        waiting = Waiting(submit, session.router, now_s - submit.waited_s)
         if not submit.is_retry:
             is_first = self.interactions.is_first(client, submit.interaction, submit.call_index, now_s)
             error = self.door.refuse(submit, is_first, now_s)
@@ -169,26 +208,32 @@ class Dispatcher:
                 self.dispatch(now_s)  # earlier ones of the same call may only look as if they had to wait
                 error = self.door.refuse(submit, is_first, now_s)
             if error is not None:
-                self.num_refused += 1
-                self.throttle.num_throttled += isinstance(error, InteractionThrottled)
                 self.interactions.cut(client, submit.interaction)
-                self._mark(client)
-                if self._log is not None:
-                    self._log.refused(submit, error, now_s)
+                self._refused(submit, error, now_s)
                 return Refusal(submit.request_id, error)
             self.door.accepted(submit, now_s)
+            waiting.accepted_s, waiting.is_first = now_s, is_first
             self.interactions.accepted(client, submit.interaction, submit.request_id, now_s, is_first=is_first)
             self._mark(client)
         else:
             self._waits_again(submit, now_s)
         session.requests.add(submit.request_id)
-        waiting = Waiting(submit, session.router, now_s - submit.waited_s)
-        rise = self.queue.arrive(client, submit.request_id, waiting, waiting.arrived_s)
+        rise = self.room.enter(waiting)
         self.num_lifts += rise > 0
+        self.notes.entered(client, rise, now_s)
         if self._log is not None:
             self._log.submitted(submit, rise, now_s)
         self.watch.observe_one(client)
         return None
+
+    def _refused(self, submit: Submit, error: Refused, now_s: float) -> None:
+        """Tell whoever counts."""
+        self.num_refused += 1
+        self.notes.refused(submit.client, error, now_s)
+        self.throttle.num_throttled += isinstance(error, InteractionThrottled)
+        self._mark(submit.client)
+        if self._log is not None:
+            self._log.refused(submit, error, now_s)
 
     def _waits_again(self, submit: Submit, now_s: float) -> None:
         """Its interaction, which may be known from here or only to a predecessor, goes on."""
@@ -220,15 +265,18 @@ class Dispatcher:
         )
 
     def _merge(self, report: StepReport, added: Mapping[str, Totals], now_s: float) -> None:
-        queue, watch, table = self.queue, self.watch, self.queue.table
+        queue, watch, table, notes = self.queue, self.watch, self.queue.table, self.notes
         owners = {account: client_of(account) for account in report.totals}
         clients = {owners[account] for account in added}
         given_back = {owners[account] for account, difference in added.items() if difference.service < 0}
         levels = watch.levels(self._clients_of(report) | given_back)
         room = self.capacity.get(report.replica)
         is_current = room is None or room.incarnation <= report.incarnation
-        if room is not None and room.incarnation < report.incarnation:
+        if room is None:
+            notes.joined(report.replica, now_s)
+        elif room.incarnation < report.incarnation:
             self._lose_replica(report.replica, now_s)
+            notes.restarted(report.replica, now_s)
         before = {node: table.counter(node) for client in clients for node in path_of(client)}
         for request_id in (*report.received, *report.held):
             self._confirm(request_id, report, now_s)
@@ -236,12 +284,13 @@ class Dispatcher:
             self._start(request_id, report, now_s)
         for client in owners.values():
             if client not in table:
-                queue.register(client, report.weights.get(client, 1.0))
+                self.weights.carry(client, report.weights.get(client, 1.0))
         for account, difference in added.items():
             client = owners[account]
             rates = queue.rates(client, queue.policy.price(client, application_of(account)))
             queue.charge(client, difference.service, rates)
             watch.served(client, difference.service, rates)
+            notes.served(report.replica, client, difference, difference.service * rates[0])
         for request_id, num_output in report.outputs.items():
             self._progress(request_id, num_output, report)
         for request_id in report.finished:
@@ -322,9 +371,10 @@ class Dispatcher:
 
     def dispatch(self, now_s: float) -> None:
         """Grant while the head of the policy's order fits somewhere; the first that does not stops all (no skipping:
-        the bound needs it)."""
+        the bound needs it), unless it is throttled: that is as if its caller had gone."""
         placement = self._placement
-        if placement.is_full(now_s):
+        num_refused = 0
+        if placement.is_full(now_s) and not self.throttle.looks_at_picks:
             return
         while (waiting := placement.next()) is not None:
             submit = waiting.submit
@@ -333,11 +383,33 @@ class Dispatcher:
             if room is None:
                 room = placement.room_over(submit.client, now_s)
                 if room is None:
+                    if num_refused < MOST_REFUSED and self._turned_away(waiting, now_s):
+                        num_refused += 1
+                        continue
                     return
                 room.granted_over = submit.request_id
                 self.num_granted_over += 1
             self.queue.take(submit.client, submit.request_id)
             self._grant(waiting, room, need, now_s)
+
+    def _turned_away(self, waiting: Waiting, now_s: float) -> bool:
+        """Refuse what was picked and fits nowhere, with all that waits for the same interaction, if that may not begin
+        now (FairServe, section 4.1)."""
+        submit = waiting.submit
+        if self.interactions.has_begun(submit.client, submit.interaction, submit.request_id):
+            return False
+        error = self.door.refuse_late(waiting, now_s)
+        if error is None:
+            return False
+        for request_id in self.interactions.turned_away(submit.client, submit.interaction, submit.request_id):
+            refused = self._drop(request_id, now_s)
+            if refused is not None:
+                self.num_sent += 1
+                self.door.refused_late(refused)
+                self._refused(refused.submit, error, now_s)
+                self._sessions[refused.router].put(Refusal(request_id, error, self.num_sent))
+                self._to_wake.add(refused.router)
+        return True
 
     def _no_longer_over(self, request_id: str, lease: Lease) -> None:
         room = self.capacity.get(lease.replica)
@@ -356,21 +428,23 @@ class Dispatcher:
         rates = self.queue.rates(client, policy.price(client, submit.application))
         owed = cost.service(submit.num_input, submit.max_output) - service
         self.num_granted += 1
+        self.num_sent += 1
         deadline_s = now_s + self.limits.lease_s
-        lease = Lease(
-            waiting, room.name, room.incarnation, predicted, service, rates, owed, deadline_s, self.num_granted
-        )
+        lease = Lease(waiting, room.name, room.incarnation, predicted, service, rates, owed, deadline_s, self.num_sent)
         self.leases.add(request_id, lease)
         self.queue.charge(client, service, rates)
         self.watch.granted(client, scaled(service, rates), scaled(owed, rates))
+        waiting.is_first = False
+        self.interactions.granted(client, submit.interaction, request_id)
         self.capacity.reserve(room.name, request_id, need)
         self._placement.placed(submit, room, input_service)
         waited_s = now_s - waiting.arrived_s
         self.door.granted(client, waited_s, now_s)
         self.watch.observe_one(client)
+        self.notes.granted(client, room.name, waited_s, now_s, is_over=room.granted_over == request_id)
         if self._log is not None:
             self._log.granted(lease, self.queue.counter(client), waited_s, now_s)
-        self._sessions[waiting.router].put(Grant(request_id, room.name, waited_s, self.num_granted))
+        self._sessions[waiting.router].put(Grant(request_id, room.name, waited_s, self.num_sent))
         self._to_wake.add(waiting.router)
 
     def _release(self, lease: Lease, service: float) -> None:
@@ -384,7 +458,7 @@ class Dispatcher:
 
     def _drop(self, request_id: str, now_s: float) -> Waiting | None:
         """The request leaves, from whatever stage; an unserved charge returns."""
-        waiting = self.queue.remove(request_id)
+        waiting = self.room.remove(request_id)
         lease = self.leases.pop(request_id)
         if lease is not None:
             waiting = lease.waiting
@@ -405,7 +479,28 @@ class Dispatcher:
                 num_tokens = submit.num_input + lease.num_output if lease is not None and lease.has_started else 0
                 self.interactions.ended(submit.client, submit.interaction, request_id, num_tokens, now_s)
             self.watch.observe_one(submit.client)
+            self.notes.moved(submit.client, now_s)
         return waiting
+
+    def _cancel(self, request_id: str, now_s: float) -> None:
+        """Whoever wanted it went away."""
+        if self._drop(request_id, now_s) is not None and self._log is not None:
+            self._log.cancelled(request_id, now_s)
+
+    # -- what an operator changes -------------------------------------------------------------------------------------
+
+    def control(self, client: str, control: Control, now_s: float) -> None:
+        """Set what holds for a client from the next pick on; makes the client known. A client that is paused keeps
+        what runs, and its requests wait aside; on resume it is lifted like any newcomer. What a change of weight means
+        for counters and bounds: :class:`~fairserve.dispatch.weights.Weights`."""
+        self.controls.put(client, control)
+        self.weights.control(client)
+        self.num_lifts += self.room.regroup(client) > 0
+        self.watch.observe_one(client)
+        self.notes.moved(client, now_s)
+        if self._log is not None:
+            self._log.changed(client, control, now_s)
+        self.dispatch(now_s)
 
     # -- time -------------------------------------------------------------------------------------------------------
 
@@ -413,13 +508,18 @@ class Dispatcher:
         """Let leases lapse, routers and replicas die, and overload show; call it a few times a second."""
         limits = self.limits
         for session in [s for s in self._sessions.values() if now_s - s.heard_s > limits.router_dead_s]:
+            self.notes.lost_router(session.router, now_s - session.heard_s, now_s)
             self._end_session(session, now_s)
         for room in [r for r in self.capacity if now_s - r.heard_s > limits.replica_dead_s]:
+            self.notes.lost_replica(room.name, now_s - room.heard_s, now_s)
             self._lose_replica(room.name, now_s)
             self.capacity.forget(room.name)
             self.watch.lost_replica(room.name)
         while (request_id := self.leases.first_lapsed(now_s)) is not None:
             self.num_lapsed += 1
+            lease = self.leases.get(request_id)
+            assert lease is not None
+            self.notes.lapsed(lease.waiting.submit.client, lease.replica, now_s)
             self._requeue(request_id, now_s)
         if self.throttle.is_on:
             head = self.queue.peek()
@@ -427,6 +527,7 @@ class Dispatcher:
             self.throttle.overload.observe(head_wait_s, self.capacity.pressure(now_s), now_s)
         for client in self.interactions.expire(now_s):
             self._mark(client)
+        self.notes.tick(self.throttle.overload.is_on, now_s)
         self.dispatch(now_s)
 
     def _requeue(self, request_id: str, now_s: float) -> None:
@@ -438,8 +539,9 @@ class Dispatcher:
         if session is not None:
             session.requests.add(request_id)
             self._waits_again(waiting.submit, now_s)
-            rise = self.queue.arrive(waiting.submit.client, request_id, waiting, waiting.arrived_s)
+            rise = self.room.enter(waiting)
             self.num_lifts += rise > 0
+            self.notes.entered(waiting.submit.client, rise, now_s)
             self.watch.observe_one(waiting.submit.client)
 
     def _lose_replica(self, replica: str, now_s: float) -> None:
@@ -460,7 +562,7 @@ class Dispatcher:
         for request_id in sorted(session.requests):
             lease = self.leases.get(request_id)
             if lease is None or not lease.confirmed:
-                self._drop(request_id, now_s)
+                self._cancel(request_id, now_s)
 
     # -- what others may see ----------------------------------------------------------------------------------------
 
@@ -474,12 +576,10 @@ class Dispatcher:
     def dump(self) -> dict[str, Any]:
         """Everything that must outlive the authority, as plain values. Provisional charges are left out: the requests
         behind them are settled by their replica's report, or come again."""
-        queue, table = self.queue, self.queue.table
+        queue, unserved, carried = self.queue, self.watch.unserved, self.weights.carried
         return {
             "version": SNAPSHOT_VERSION,
-            "counters": {
-                node: [table.counter(node) - self.watch.unserved.get(node, 0.0), table.weight(node)] for node in table
-            },
+            "counters": {node: [queue.counter(node) - unserved.get(node, 0.0), carried(node)] for node in queue.table},
             # The next life begins with nobody waiting: the lift's reference is then whoever is least served now.
             "last_to_leave": {
                 group: siblings.least_served() or siblings.last_to_leave for group, siblings in queue.groups.items()
@@ -493,12 +593,12 @@ class Dispatcher:
         Raises:
             ValueError: when the snapshot is of another version.
         """
-        assert not len(self.queue) and not self.leases
+        assert not len(self.room) and not self.leases
         if data.get("version") != SNAPSHOT_VERSION:
             raise ValueError(f"snapshot version {data.get('version')!r}, this fairserve reads {SNAPSHOT_VERSION}")
         for client, (_, weight) in data["counters"].items():
             if not is_group(client):
-                self.queue.register(client, weight)
+                self.weights.carry(client, weight)
         for node, (counter, _) in data["counters"].items():
             self.queue.set_counter(node, counter)
         self.queue.table.rebase()
@@ -515,16 +615,10 @@ class Dispatcher:
         self.leases.check()
         self.interactions.check()
         self._placement.check()
-        assert all(request_id not in self.queue for request_id in self.leases)
+        self.room.check()
+        self.weights.check()
+        assert all(request_id not in self.room for request_id in self.leases)
         unconfirmed = {request_id for request_id, lease in self.leases.items() if not lease.confirmed}
         reserved = {request_id for room in self.capacity for request_id in room.unconfirmed}
         assert reserved <= unconfirmed, "room is reserved for a request that is gone"
-        for name, mine in (("held", self.watch.unserved), ("owed", self.watch.owed)):
-            sums: dict[str, float] = {}
-            for lease in self.leases.values():
-                path = path_of(lease.waiting.submit.client)
-                for node, amount in zip(path, scaled(getattr(lease, name), lease.rates), strict=True):
-                    sums[node] = sums.get(node, 0.0) + amount
-            for node in sums.keys() | mine.keys():
-                total, amount = sums.get(node, 0.0), mine.get(node, 0.0)
-                assert abs(total - amount) <= 1e-6 * (1 + abs(total)), (name, node, total, amount)
+        self.watch.check(list(self.leases.values()))

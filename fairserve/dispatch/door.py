@@ -1,48 +1,87 @@
-"""Who may enter: the policy's rate, throttled interactions, full queues. Decides; the dispatcher acts."""
+"""Who may enter: rates of the policy and of the client, throttled interactions, full queues. Decides; the dispatcher
+acts."""
 
 from __future__ import annotations
 
+from fairserve.dispatch.controls import Controls
 from fairserve.dispatch.drain import DrainRate, retry_after_s
 from fairserve.dispatch.leases import Waiting
 from fairserve.dispatch.limits import DispatchLimits
 from fairserve.dispatch.messages import Submit
-from fairserve.errors import ClientQueueFull, ClusterQueueFull, Refused
+from fairserve.dispatch.waiting_room import WaitingRoom
+from fairserve.errors import ClientQueueFull, ClientRateLimited, ClusterQueueFull, Refused
 from fairserve.fairness.queue import FairQueue
-from fairserve.fairness.throttle import Throttle
+from fairserve.fairness.throttle import Rates, Throttle
 
 
 class Door:
-    """Also keeps what the refusals need: how fast requests are granted."""
+    """Also keeps what the refusals need: how fast requests are granted, and how many of a client with a rate of its own
+    were accepted of late (since the rate was set)."""
 
-    def __init__(self, queue: FairQueue[Waiting], limits: DispatchLimits, throttle: Throttle) -> None:
+    def __init__(
+        self,
+        queue: FairQueue[Waiting],
+        room: WaitingRoom,
+        limits: DispatchLimits,
+        throttle: Throttle,
+        controls: Controls,
+    ) -> None:
         self._queue = queue
+        self._room = room
         self._limits = limits
         self._throttle = throttle
+        self._controls = controls
+        self._rates = Rates()
         self._drain = DrainRate()
         self._client_drain: dict[str, DrainRate] = {}
 
     def refuse(self, submit: Submit, is_first: bool, now_s: float) -> Refused | None:
         """Why a new request may not enter, or None. ``is_first``: it begins an interaction."""
-        client, limits = submit.client, self._limits
-        error = self._queue.policy.refuse(client, now_s)
-        if error is None and is_first:
-            error = self._throttle.refuse(client, submit.application, submit.weight, now_s)
-        if error is not None:
-            return error
-        limit = limits.max_waiting_per_client if submit.max_waiting is None else submit.max_waiting
-        waiting = self._queue.backlog
-        num = waiting.num_waiting(client)
+        client = submit.client
+        error = self._queue.policy.refuse(client, now_s) or self._refuse_by_rate(client, now_s)
+        if error is None and is_first and self._throttle.at == "arrival":
+            weight = self._queue.table.weight(client)
+            error = self._throttle.refuse(client, submit.application, weight, now_s)
+        return error or self._refuse_by_queue(submit, now_s)
+
+    def refuse_late(self, waiting: Waiting, now_s: float) -> Refused | None:
+        """Why a request whose turn it is, but which fits nowhere, may not begin its interaction, or None."""
+        if not waiting.is_first or self._throttle.at == "arrival":
+            return None
+        client, weight = waiting.submit.client, self._queue.table.weight(waiting.submit.client)
+        return self._throttle.refuse(client, waiting.submit.application, weight, now_s, accepted_s=waiting.accepted_s)
+
+    def _refuse_by_rate(self, client: str, now_s: float) -> Refused | None:
+        limit = self._controls.of(client).requests_per_min
+        if limit is None or self._rates.num_recent((client,), now_s) < limit:
+            return None
+        return ClientRateLimited(client, limit, max(1.0, self._rates.wait_s((client,), limit, now_s)))
+
+    def _refuse_by_queue(self, submit: Submit, now_s: float) -> Refused | None:
+        client, limits, room = submit.client, self._limits, self._room
+        limits_of_client = (self._controls.of(client).max_waiting, submit.max_waiting, limits.max_waiting_per_client)
+        limit = next(one for one in limits_of_client if one is not None)
+        num = room.num_waiting(client)
         if num >= limit:
             drain = self._client_drain.get(client)
             return ClientQueueFull(client, num, limit, retry_after_s(1, drain.per_s(now_s) if drain else 0.0))
-        share = limits.max_waiting / (waiting.num_clients + (num == 0))
-        if len(waiting) >= limits.max_waiting and (num >= share or len(waiting) >= 2 * limits.max_waiting):
-            return ClusterQueueFull(len(waiting), limits.max_waiting, retry_after_s(1, self._drain.per_s(now_s)))
+        share = limits.max_waiting / (room.num_clients + (num == 0))
+        if len(room) >= limits.max_waiting and (num >= share or len(room) >= 2 * limits.max_waiting):
+            return ClusterQueueFull(len(room), limits.max_waiting, retry_after_s(1, self._drain.per_s(now_s)))
         return None
 
     def accepted(self, submit: Submit, now_s: float) -> None:
         self._queue.policy.accepted(submit.client, now_s)
         self._throttle.accepted(submit.client, submit.application, now_s)
+        if self._controls.of(submit.client).requests_per_min is not None:
+            self._rates.count((submit.client,), now_s)
+
+    def refused_late(self, waiting: Waiting) -> None:
+        """What was accepted was refused after all: it counts no more."""
+        client, accepted_s = waiting.submit.client, waiting.accepted_s
+        if accepted_s is not None:
+            self._throttle.take_back(client, waiting.submit.application, accepted_s)
+            self._rates.take_back((client,), accepted_s)
 
     def granted(self, client: str, waited_s: float, now_s: float) -> None:
         if self._throttle.is_on:

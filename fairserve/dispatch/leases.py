@@ -15,6 +15,10 @@ class Waiting:
     submit: Submit
     router: str
     arrived_s: float
+    accepted_s: float | None = None
+    """When the door let it in; None where a predecessor, or an earlier call, did that."""
+    is_first: bool = False
+    """It begins an interaction, and was never granted."""
 
 
 @dataclass(slots=True)
@@ -78,8 +82,15 @@ class Leases:
         """Clients with a granted request."""
         return iter(self._of)
 
+    @property
+    def num_clients(self) -> int:
+        return len(self._of)
+
     def num_of(self, client: str) -> int:
         return len(self._of.get(client, ()))
+
+    def of(self, client: str) -> Iterator[Lease]:
+        return iter(self._of.get(client, {}).values())
 
     def youngest_first(self, client: str) -> Iterator[Lease]:
         return reversed(self._of.get(client, {}).values())

@@ -30,6 +30,13 @@ class Ledger:
         self._with_application: dict[str, list[str]] = {}
         """client -> those of its accounts that name an application."""
         self._max_books = max_books
+        self.whole = Sum()
+        """What all clients together have received; to look at."""
+
+    def service(self, client: str) -> float:
+        """What this client has received, not divided by weight."""
+        accounts = (client, *self._with_application.get(client, ()))
+        return sum(total.service for account in accounts if (total := self._totals.get(account)) is not None)
 
     def totals(self, client: str) -> Totals:
         """Everything this client has received, over all replicas that ever reported."""
@@ -81,6 +88,7 @@ class Ledger:
             if (client := client_of(account)) != account:
                 self._with_application.setdefault(client, []).append(account)
         total.add(difference)
+        self.whole.add(difference)
 
     def dump(self) -> dict[str, Any]:
         """Plain values for a snapshot."""
@@ -94,7 +102,7 @@ class Ledger:
 
     def load(self, data: Mapping[str, Any]) -> None:
         """Take over what :meth:`dump` gave."""
-        self._totals, self._with_application = {}, {}
+        self._totals, self._with_application, self.whole = {}, {}, Sum()
         for account, row in data["totals"].items():
             self._add(account, Totals(*row))
         self._books = {
@@ -105,6 +113,8 @@ class Ledger:
     def check(self) -> None:
         for client, totals in self._totals.items():
             assert totals.num_input >= totals.num_cached >= 0 and totals.num_output >= 0, (client, totals)
+        assert self.whole.num_input == sum(totals.num_input for totals in self._totals.values())
+        assert self.whole.num_output == sum(totals.num_output for totals in self._totals.values())
 
 
 def _row(totals: Totals | Sum) -> list[float]:

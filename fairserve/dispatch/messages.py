@@ -77,7 +77,8 @@ class Grant:
     waited_s: float
     """Seconds from arrival at the router to the grant."""
     seq: int
-    """Rises with every grant of an epoch; acknowledged by ``grants_ack`` of a later call, else sent again."""
+    """Rises with every grant and late refusal of an epoch; acknowledged by ``grants_ack`` of a later call, else sent
+    again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,8 @@ class Refusal:
 
     request_id: str
     error: Refused
+    seq: int = 0
+    """Of a request that had been accepted: as ``Grant.seq``. 0: refused at once, in the reply to its call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +111,7 @@ class RouterCall:
     is_full: bool = False
     """``submits`` holds every request that waits at the router."""
     grants_ack: int = 0
-    """The newest ``Grant.seq`` of this epoch that arrived here."""
+    """The newest ``seq`` of a grant or late refusal of this epoch that arrived here."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 from fairserve.dispatch.capacity import Capacity, ReplicaRoom
 from fairserve.dispatch.leases import Leases, Waiting
 from fairserve.dispatch.limits import DispatchLimits
 from fairserve.dispatch.messages import Submit
+from fairserve.dispatch.most_served import MostServed
 from fairserve.dispatch.prefixes import PrefixMap
+from fairserve.dispatch.watch import Watch
 from fairserve.fairness.policy import Place
 from fairserve.fairness.queue import FairQueue
 
+LOOKED_AT = 256
+"""Requests of the most served client, the youngest, among which one that would give way is looked for."""
 MATCHED_REQUESTS = 4
 """Requests of one client whose prefixes are matched, where the policy looks at prefixes."""
 
@@ -17,12 +23,15 @@ MATCHED_REQUESTS = 4
 class Placement:
     """Questions change nothing; ``placed`` and ``forget`` keep the map of prefixes."""
 
-    def __init__(self, queue: FairQueue[Waiting], capacity: Capacity, leases: Leases, limits: DispatchLimits) -> None:
+    def __init__(
+        self, queue: FairQueue[Waiting], capacity: Capacity, leases: Leases, limits: DispatchLimits, watch: Watch
+    ) -> None:
         self._queue = queue
         self._capacity = capacity
         self._leases = leases
         self._limits = limits
         self._prefixes = PrefixMap(limits.prefix_block_tokens)
+        self._most_served = None if limits.preempt_gap is None else MostServed(queue, leases, watch)
 
     def next(self) -> Waiting | None:
         """The head of the policy's order or, where it leaves a choice, the one whose prompt is cached the most."""
@@ -62,14 +71,15 @@ class Placement:
         return self._limits.preempt_gap is None and self._capacity.best_for(1, now_s) is None
 
     def room_over(self, client: str, now_s: float) -> ReplicaRoom | None:
-        """Where somebody who is more than ``preempt_gap`` ahead of this client would give way; None for nowhere."""
-        gap = self._limits.preempt_gap
-        if gap is None:
+        """Where somebody who was served more than ``preempt_gap`` beyond this client would give way; None for
+        nowhere."""
+        gap, most_served = self._limits.preempt_gap, self._most_served
+        if gap is None or most_served is None:
             return None
-        ahead = max(self._leases.clients(), key=self._queue.standing, default=client)
-        if self._queue.lead(ahead, client) <= gap:
+        ahead = most_served.first()
+        if ahead is None or most_served.lead(ahead, client) <= gap:
             return None
-        for lease in self._leases.youngest_first(ahead):
+        for lease in islice(self._leases.youngest_first(ahead), LOOKED_AT):
             room = self._capacity.get(lease.replica)
             if room is None or room.granted_over or not lease.has_started:
                 continue

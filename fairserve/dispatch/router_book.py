@@ -140,12 +140,15 @@ class RouterBook:
                 if submit.request_id in self._wanted:
                     self._wanted[submit.request_id].was_taken = True
             self._in_flight = None
-        for refusal in reply.refusals:
-            self._refused(refusal)
-        for grant in sorted(reply.grants, key=lambda grant: grant.seq):
-            if grant.seq > self._grants_ack:
-                self._grants_ack = grant.seq
-                self._granted(grant)
+        all_news: list[Grant | Refusal] = [*reply.grants, *reply.refusals]
+        for news in sorted(all_news, key=lambda news: news.seq):
+            if 0 < news.seq <= self._grants_ack:
+                continue  # delivered before
+            self._grants_ack = max(self._grants_ack, news.seq)
+            if isinstance(news, Grant):
+                self._granted(news)
+            else:
+                self._refused(news)
 
     def _granted(self, grant: Grant) -> None:
         wanted = self._wanted.pop(grant.request_id, None)

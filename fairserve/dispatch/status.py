@@ -20,7 +20,7 @@ def status(dispatcher: Dispatcher, now_s: float) -> dict[str, Any]:
             continue
         totals = dispatcher.ledger.totals(node)
         clients[node] = entry | {
-            "waiting": queue.backlog.num_waiting(node),
+            "waiting": dispatcher.room.num_waiting(node),
             "running": dispatcher.leases.num_of(node),
             "service": totals.service,
             "num_input": totals.num_input,
@@ -47,7 +47,7 @@ def status(dispatcher: Dispatcher, now_s: float) -> dict[str, Any]:
             for room in dispatcher.capacity
         },
         "routers": dispatcher.num_routers,
-        "waiting": len(queue),
+        "waiting": len(dispatcher.room),
         "leases": len(dispatcher.leases),
         "granted": dispatcher.num_granted,
         "granted_over": dispatcher.num_granted_over,

@@ -6,9 +6,10 @@ one group. The derivation is at the top of ``fairness/bounds.py``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from fairserve.dispatch.leases import Lease, scaled
 from fairserve.fairness.bounds import BoundTracker, GapMonitor
 from fairserve.fairness.hierarchy import TOP, group_of, path_of
 from fairserve.fairness.queue import Amounts, FairQueue
@@ -44,6 +45,15 @@ class Watch:
     def ended(self, client: str, owed: Amounts) -> None:
         for node, amount in zip(path_of(client), owed, strict=True):
             _subtract(self.owed, node, amount)
+
+    def reweighed(self, client: str, held: float, owed: float) -> None:
+        """The client's weight changed: its granted requests hold and owe so much more (or less) at its own node."""
+        _subtract(self.unserved, client, -held)
+        _subtract(self.owed, client, -owed)
+        group, bounds = group_of(client), self._bounds(group_of(client))
+        bounds.saw_in_flight(self.unserved.get(client, 0.0))
+        ceiling = self._queue.counter(client) + self.owed.get(client, 0.0)
+        bounds.saw_grant(ceiling - self._queue.level(group) - bounds.returned, 0.0)  # as if picked at that height
 
     def served(self, client: str, service: float, rates: Amounts) -> None:
         for node, rate in zip(path_of(client), rates, strict=True):
@@ -102,6 +112,18 @@ class Watch:
         if bounds is None:
             bounds = self.bounds[group] = BoundTracker()
         return bounds
+
+    def check(self, leases: Collection[Lease]) -> None:
+        """``leases``: all that there are."""
+        for name, mine in (("held", self.unserved), ("owed", self.owed)):
+            sums: dict[str, float] = {}
+            for lease in leases:
+                path = path_of(lease.waiting.submit.client)
+                for node, amount in zip(path, scaled(getattr(lease, name), lease.rates), strict=True):
+                    sums[node] = sums.get(node, 0.0) + amount
+            for node in sums.keys() | mine.keys():
+                total, amount = sums.get(node, 0.0), mine.get(node, 0.0)
+                assert abs(total - amount) <= 1e-6 * (1 + abs(total)), (name, node, total, amount)
 
 
 def _subtract(amounts: dict[str, float], node: str, amount: float) -> None:

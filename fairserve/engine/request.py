@@ -54,6 +54,8 @@ class GenerateRequest:
     """Id of the user task that this call belongs to; "" for a call that stands alone."""
     call_index: int = 0
     """Position of the call in its interaction, from 0, as the caller says."""
+    trace: str = ""
+    """The traceparent that spans of this request belong below; "" where it is not traced."""
 
     @property
     def num_input(self) -> int:

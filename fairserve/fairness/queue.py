@@ -122,6 +122,7 @@ class FairQueue(Generic[Item]):
         self._backlog: Backlog[Item] = Backlog()
         self._groups: dict[str, Siblings] = {TOP: Siblings(self)}
         self._under_way: set[str] = set()
+        self._moved: set[str] | None = None
 
     # -- questions ------------------------------------------------------------------------------------------------
 
@@ -209,6 +210,12 @@ class FairQueue(Generic[Item]):
             else:
                 yield member
 
+    def tell_moves(self) -> set[str]:
+        """From now on the set that is returned takes in every node whose counter moves; its owner empties it."""
+        if self._moved is None:
+            self._moved = set(self.table)
+        return self._moved
+
     # -- events ---------------------------------------------------------------------------------------------------
 
     def register(self, client: str, weight: float = 1.0) -> None:
@@ -237,6 +244,8 @@ class FairQueue(Generic[Item]):
                 target = self.policy.lift(node, self._groups[group_of(node)])
                 if target is not None:
                     rise += self.table.lift(node, target)
+                    if self._moved is not None:
+                        self._moved.add(node)
         self._backlog.push(client, request_id, item, place)
         self._reorder(client)
         return rise
@@ -274,6 +283,8 @@ class FairQueue(Generic[Item]):
     def charge(self, client: str, service: float, rates: Amounts | None = None) -> None:
         """Add ``service`` (negative gives back) times ``rates`` to the counters along the path."""
         path, table = path_of(client), self.table
+        if self._moved is not None:
+            self._moved.update(path)
         if rates is None:
             for node in path:
                 table.add(node, service * (1.0 / table.weight(node)))
@@ -287,6 +298,8 @@ class FairQueue(Generic[Item]):
     def set_counter(self, node: str, counter: float) -> None:
         """Of a client or a group."""
         self.table.set(node, counter)
+        if self._moved is not None:
+            self._moved.add(node)
         if self.is_waiting(node):
             self._order(node)
 

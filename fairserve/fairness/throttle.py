@@ -1,9 +1,10 @@
 """Overload-driven interaction throttling: OIT (FairServe, arXiv 2411.15997, section 4.1).
 
 Under overload, and only then, the first call of a new interaction is refused when its client, or the client's
-application, is past its rate. The authors take one request that did not fit in memory for overload; here it is
-measured: requests wait long *and* the replicas are full, for a while, and it is over only well below the mark.
-Rates are counted per client (and per application of a client), so nobody can use up another's.
+application, is past its rate: when it is its turn and it fits nowhere, as published, or as soon as it comes. The
+authors take one request that did not fit in memory for overload; here it is measured: requests wait long *and* the
+replicas are full, for a while, and it is over only well below the mark. Rates are counted per client (and per
+application of a client), so nobody can use up another's.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 from math import exp
+from typing import Literal
 
 from fairserve.errors import InteractionThrottled, Refused
 
@@ -25,6 +27,7 @@ class ThrottleSettings:
 
     client_limit: int | None = None
     application_limit: int | None = None
+    at: Literal["pick", "arrival"] = "pick"
     enter_wait_s: float = 2.0
     leave_wait_s: float = 0.5
     kv_pressure: float = 0.9
@@ -78,7 +81,8 @@ class Overload:
 
 
 class Rates:
-    """Accepted requests of the last 60 s, by key. ``limit`` may differ from call to call."""
+    """Accepted requests of the last 60 s, by key. ``limit`` may differ from call to call. Those that were refused later
+    are taken back."""
 
     def __init__(self) -> None:
         self._times: dict[tuple[str, ...], deque[float]] = {}
@@ -86,6 +90,14 @@ class Rates:
     def count(self, key: tuple[str, ...], now_s: float) -> None:
         self._times.setdefault(key, deque()).append(now_s)
         self._forget_old(key, now_s)
+
+    def take_back(self, key: tuple[str, ...], at_s: float) -> None:
+        """The request that was counted at ``at_s`` was refused after all; no effect if that was long ago."""
+        times = self._times.get(key)
+        if times is not None and at_s in times:
+            times.remove(at_s)
+            if not times:
+                del self._times[key]
 
     def num_recent(self, key: tuple[str, ...], now_s: float) -> int:
         self._forget_old(key, now_s)
@@ -119,6 +131,15 @@ class Throttle:
         """Counted by whoever refuses."""
 
     @property
+    def at(self) -> Literal["pick", "arrival"]:
+        return self._settings.at
+
+    @property
+    def looks_at_picks(self) -> bool:
+        """Something that was picked might be refused now."""
+        return self.at == "pick" and self.overload.is_on
+
+    @property
     def is_on(self) -> bool:
         return self._settings.client_limit is not None or self._settings.application_limit is not None
 
@@ -128,10 +149,19 @@ class Throttle:
         if self._settings.application_limit is not None and application:
             self._rates.count((client, application), now_s)
 
-    def refuse(self, client: str, application: str, weight: float, now_s: float) -> Refused | None:
-        """Why a first call may not enter now, or None. Outside overload everything may."""
+    def take_back(self, client: str, application: str, at_s: float) -> None:
+        """What was accepted at ``at_s`` was refused later."""
+        self._rates.take_back((client,), at_s)
+        self._rates.take_back((client, application), at_s)
+
+    def refuse(
+        self, client: str, application: str, weight: float, now_s: float, *, accepted_s: float | None = None
+    ) -> Refused | None:
+        """Why a first call may not begin now, or None. Outside overload everything may. ``accepted_s``: when the call
+        itself was counted, if it was; it does not stand in its own way."""
         if not self.overload.is_on:
             return None
+        own = accepted_s is not None and accepted_s > now_s - WINDOW_S
         settings = self._settings
         checks: list[tuple[tuple[str, ...], int | None]] = [((client,), settings.client_limit)]
         if application:
@@ -140,7 +170,7 @@ class Throttle:
             if per_weight is None:
                 continue
             limit = max(1, int(per_weight * weight))
-            num = self._rates.num_recent(key, now_s)
+            num = self._rates.num_recent(key, now_s) - own
             if num >= limit:
                 wait_s = self._rates.wait_s(key, limit, now_s)
                 return InteractionThrottled(client, application if len(key) > 1 else "", num, limit, max(1.0, wait_s))

@@ -158,6 +158,8 @@ class _Log:
             "refuse": self._refused,
             "grant": self._granted,
             "finish": self._finished,
+            "cancel": self._cancelled,
+            "change": self._changed,
         }
 
     def take(self, line: Mapping[str, Any]) -> None:
@@ -216,6 +218,18 @@ class _Log:
         if request is not None:
             request.ended_s, request.has_started = at_s, bool(has_started)
             request.num_output = num_output if has_started else 0
+
+    def _cancelled(self, line: Mapping[str, Any], at_s: float) -> None:
+        """What one made that was granted before is unknown."""
+        request = self.requests.get(_text(line, "request"))
+        if request is not None:
+            request.ended_s = at_s
+            if request.granted_s is None:
+                request.num_output = 0
+
+    def _changed(self, line: Mapping[str, Any], at_s: float) -> None:
+        """A live change is not replayed: the recorded weights are those that the requests carried."""
+        _text(line, "client")
 
 
 def _text(line: Mapping[str, Any], name: str, default: str | None = None) -> str:

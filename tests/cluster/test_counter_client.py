@@ -284,7 +284,7 @@ async def test_an_idle_service_ends_itself_and_a_busy_one_does_not() -> None:
 
 async def test_counters_outlive_the_service_in_a_snapshot(tmp_path: Any) -> None:
     clock = VirtualClock()
-    args = FairServeArgs.model_validate({"counter": {"snapshot_path": str(tmp_path / "c.sqlite"), "snapshot_s": 1}})
+    args = FairServeArgs.model_validate({"counter": {"store": str(tmp_path / "c.sqlite"), "snapshot_s": 1}})
     first = CounterService(args.model_dump_json(), clock=clock)
     await first.report(replica_report(1, totals={"bob": Totals(5, 0, 5, 15.0)}))
     async with asyncio.timeout(5):
@@ -299,7 +299,7 @@ async def test_counters_outlive_the_service_in_a_snapshot(tmp_path: Any) -> None
 async def test_an_unreadable_snapshot_is_set_aside_and_service_starts(tmp_path: Any, caplog: Any) -> None:
     path = tmp_path / "c.sqlite"
     path.write_bytes(b"this is no database, it only looks like one for a moment")
-    args = FairServeArgs.model_validate({"counter": {"snapshot_path": str(path)}})
+    args = FairServeArgs.model_validate({"counter": {"store": str(path)}})
     service = CounterService(args.model_dump_json())
     assert (await service.status())["clients"] == {}
     assert (tmp_path / "c.sqlite.unreadable").exists()
@@ -364,10 +364,10 @@ async def test_a_restarted_service_has_the_settings_of_the_newest_deployment() -
     assert again._dispatcher.limits.lookahead == 3
 
 
-async def test_a_new_snapshot_path_is_used_from_then_on(tmp_path: Any) -> None:
+async def test_a_new_store_is_used_from_then_on(tmp_path: Any) -> None:
     service = CounterService(FairServeArgs().model_dump_json())
     path = tmp_path / "c.sqlite"
-    args = FairServeArgs.model_validate({"counter": {"snapshot_path": str(path), "snapshot_s": 0.01}})
+    args = FairServeArgs.model_validate({"counter": {"store": str(path), "snapshot_s": 0.01}})
     await service.configure(args.model_dump_json())
     await until(path.exists)
 

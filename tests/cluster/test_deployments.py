@@ -17,7 +17,7 @@ import httpx
 import pytest
 import yaml
 
-from fairserve.config import FairServeArgs
+from fairserve.config import FairServeArgs, key_digest
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "deployments").glob("*.yaml"))
@@ -85,7 +85,7 @@ def complete(url: str, model: str) -> httpx.Response:
 def test_serve_run_of_the_local_file_answers_and_ends_at_ctrl_c(tmp_path: Path, free_port: int) -> None:
     config = yaml.safe_load((ROOT / "deployments" / "local-cpu.yaml").read_text())
     config["http_options"]["port"] = free_port
-    config["applications"][0]["args"]["counter"]["snapshot_path"] = str(tmp_path / "counters.sqlite")
+    config["applications"][0]["args"]["counter"]["store"] = str(tmp_path / "counters.sqlite")
     path = tmp_path / "local.yaml"
     path.write_text(yaml.safe_dump(config))
     url = f"http://127.0.0.1:{free_port}"
@@ -104,7 +104,7 @@ def test_serve_deploy_of_a_file_works_on_a_running_cluster(tmp_path: Path, tiny_
     args = config["applications"][0]["args"]
     args |= {"model": str(tiny_model), "served_model_name": "tiny", "num_replicas": 1}
     args["engine"]["max_model_len"] = 256
-    args["counter"]["snapshot_path"] = None
+    args["counter"]["store"] = None
     path = tmp_path / "deploy.yaml"
     path.write_text(yaml.safe_dump(config))
     ports = {name: str(unused_port()) for name in ("port", "dashboard-port", "dashboard-agent-listen-port")}
@@ -155,5 +155,10 @@ def test_serve_build_writes_a_file_for_the_default_application(tmp_path: Path) -
 def test_clear_keys_never_reach_serves_arguments() -> None:
     from fairserve.app import with_hashed_keys
 
-    args = FairServeArgs.model_validate({"api": {"keys": [{"client": "ann", "key": "very-secret-key"}]}})
-    assert "very-secret-key" not in with_hashed_keys(args).model_dump_json()
+    api = {
+        "keys": [{"client": "ann", "key": "very-secret-key"}],
+        "admin_keys": [{"name": "root", "key": "very-secret-admin"}],
+    }
+    hashed = with_hashed_keys(FairServeArgs.model_validate({"api": api}))
+    assert "very-secret" not in hashed.model_dump_json()
+    assert hashed.api.admin_keys[0].digest == key_digest("very-secret-admin")

@@ -83,3 +83,20 @@ def test_while_the_disk_is_slow_the_newest_lines_are_kept_and_memory_is_bounded(
         file.write(str(i))
     file.flush()
     assert (tmp_path / "log").read_text().splitlines() == ["7", "8", "9"]
+
+
+def test_the_file_after_a_full_one_begins_with_the_heading_of_now(tmp_path: Path) -> None:
+    path, headings = tmp_path / "log", ["first", "second"]
+    file = LineFile(str(path), max_bytes=10, heading=lambda: headings[-1])
+    for line in ("0123456789", "a"):
+        file.write(line)
+        file.flush()
+    assert path.read_text() == "second\na\n"
+    file.write("second")
+    file.write("b")
+    file.flush()
+    assert path.with_name("log.1").read_text() == "second\na\nsecond\nb\n"
+    headings.append("")
+    file.write("c")
+    file.flush()
+    assert path.read_text() == "c\n", "no heading, no line"

@@ -89,12 +89,3 @@ def test_the_openai_example_streams(tiny: Any, capsys: pytest.CaptureFixture[str
     (code,) = [block for language, block in BLOCKS if language == "python" and "openai" in block]
     exec(compile(here(code, tiny), "README.md", "exec"), {})
     assert capsys.readouterr().out
-
-
-@pytest.mark.cluster
-def test_the_status_example_prints_clients_gap_and_bound(tiny: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    (code,) = [block for language, block in BLOCKS if language == "python" and "status" in block]
-    code = code.replace('ray.init(address="auto", namespace="fairserve")\n', "")
-    code = code.replace('"fairserve-counters"', f'"{tiny.args.counter.name}", namespace="fairserve"')
-    exec(compile(code, "README.md", "exec"), {})
-    assert "bound" in capsys.readouterr().out

@@ -13,6 +13,7 @@ from unittest import mock
 
 import pytest
 
+from fairserve.cluster.tracing import NO_TRACING
 from fairserve.dispatch.messages import Grant, Submit
 from fairserve.engine.request import GenerateRequest, RequestOutput, Usage
 from fairserve.errors import ClientQueueFull, FairServeError, ReplicaFailed
@@ -49,6 +50,7 @@ def router_of(client: ScriptedClient, *names: str) -> Any:
     router = FairRouter.__new__(FairRouter)
     router._client, router._random, router._by_name = client, random.Random(0), {}
     router._prefix_block_tokens = 0
+    router._tracer = NO_TRACING
     router._lazily_constructed_replicas_updated_event = None
     router._replica_queue_len_cache = SimpleNamespace(get=lambda _: None)
     set_replicas(router, *names)

@@ -1,4 +1,4 @@
-"""OIT through the dispatcher's own door: measured overload, whole interactions, what forged labels buy."""
+"""OIT at the door (``at: arrival``): measured overload, whole interactions, what forged labels buy."""
 
 from __future__ import annotations
 
@@ -6,82 +6,17 @@ from collections.abc import Callable
 
 import pytest
 
-from fairserve.dispatch.dispatcher import Dispatcher
 from fairserve.errors import ClientQueueFull, InteractionThrottled
-from fairserve.fairness.catalog import make_policy
 from fairserve.fairness.throttle import ThrottleSettings
-from tests.dispatch.kit import Desk, ReplicaVoice, RouterVoice, submit
-
-LIMIT = 3
-
-
-class Scene:
-    """One router, one replica with one slot; time passes in quarters of a second."""
-
-    def __init__(self, desk: Desk, throttle: ThrottleSettings) -> None:
-        self.desk = desk
-        self.throttle = throttle
-        self.new_authority()
-        self.router: RouterVoice = desk.router()
-        self.replica: ReplicaVoice = desk.replica("r0", slots=1)
-        self.router.call()
-        self.wait(100.0)  # an authority this old takes nobody's word for where an interaction stands
-        self.call("nobody", "warm-up")
-        self.run_all()
-        self.wait(61.0)
-
-    def new_authority(self) -> None:
-        epoch = self.desk.dispatcher.epoch + 1
-        self.desk.dispatcher = Dispatcher(
-            make_policy(self.desk.policy), self.desk.cost, self.desk.limits, epoch=epoch, throttle=self.throttle
-        )
-
-    @property
-    def is_overloaded(self) -> bool:
-        return self.desk.dispatcher.throttle.overload.is_on
-
-    def wait(self, seconds: float) -> None:
-        for _ in range(round(seconds * 4)):
-            self.desk.clock.advance(0.25)
-            self.router.poll()
-            self.replica.report(free_slots=1 - len(self.desk.dispatcher.leases))
-            self.desk.dispatcher.tick(self.desk.now_s)
-
-    def run_all(self) -> None:
-        """Everything that waits or runs is granted, runs and ends, one after the other."""
-        while leases := tuple(self.desk.dispatcher.leases):
-            self.finish(*leases)
-
-    def finish(self, *requests: str, num_output: int = 5) -> None:
-        for request_id in requests:
-            lease = self.desk.dispatcher.leases.get(request_id)
-            assert lease is not None
-            one = lease.waiting.submit
-            served = {f"{one.client}|{one.application}" if one.application else one.client: (one.num_input, num_output)}
-            report = self.replica.compose(
-                received=(request_id,), started=(request_id,), finished=(request_id,), served=served
-            )
-            report.outputs[request_id] = num_output  # type: ignore[index]
-            self.replica.send(report)
-
-    def call(self, client: str, request_id: str, interaction: str = "", index: int = 0, **more: object) -> bool:
-        """Send one call; whether it was accepted."""
-        self.router.call(submit(request_id, client, interaction=interaction, call_index=index, **more))
-        return request_id not in self.router.refused
-
-    def overload(self) -> None:
-        """A flood of another client's, for longer than the hold."""
-        for i in range(30):
-            self.call("flood", f"flood-{self.desk.now_s}-{i}", "flood", i)
-        self.wait(4.0)
-        assert self.is_overloaded
+from tests.dispatch.kit import Desk, submit
+from tests.dispatch.scene import LIMIT, Scene
 
 
 @pytest.fixture
 def make_scene(make_desk: Callable[..., Desk]) -> Callable[..., Scene]:
     def build(policy: str = "vtc", throttle: ThrottleSettings | None = None, **limits: object) -> Scene:
         limits = {"lease_s": 1e6, "max_waiting_per_client": 100} | limits
-        return Scene(make_desk(policy, **limits), throttle or ThrottleSettings(client_limit=LIMIT))
+        return Scene(make_desk(policy, **limits), throttle or ThrottleSettings(at="arrival", client_limit=LIMIT))
 
     return build
 
@@ -220,7 +155,7 @@ def test_one_id_for_everything_is_throttled_once_it_has_had_its_calls(scene: Sce
 
 
 def test_applications_have_limits_of_their_own_but_share_their_clients(make_scene: Callable[..., Scene]) -> None:
-    scene = make_scene(throttle=ThrottleSettings(client_limit=5, application_limit=2))
+    scene = make_scene(throttle=ThrottleSettings(at="arrival", client_limit=5, application_limit=2))
     scene.overload()
     assert [scene.call("ann", f"c{i}", application="chat") for i in range(3)] == [True, True, False]
     assert scene.router.refused["c2"].fields["application"] == "chat"  # type: ignore[attr-defined]
@@ -286,7 +221,7 @@ def test_a_call_that_a_full_queue_refused_is_tried_again_as_what_it_is(make_scen
 def test_the_rate_limit_wastes_where_the_throttle_does_not(make_scene: Callable[..., Scene]) -> None:
     """FairServe's comparison in small: ten interactions of six calls, each call after the one before has ended."""
     wasted, cut, begun = {}, {}, {}
-    for policy, throttle in (("rpm", ThrottleSettings()), ("wsc", ThrottleSettings(client_limit=32))):
+    for policy, throttle in (("rpm", ThrottleSettings()), ("wsc", ThrottleSettings(at="arrival", client_limit=32))):
         scene = make_scene(policy, throttle=throttle)
         if policy == "rpm":
             scene.desk.dispatcher.queue.policy.limit = 32  # type: ignore[attr-defined]

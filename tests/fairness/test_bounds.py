@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
+from math import inf
 
 import pytest
 from hypothesis import given, settings
@@ -100,7 +101,7 @@ def test_the_monitor_keeps_nothing_of_clients_that_left() -> None:
         monitor.observe({f"c{i}": 0.0, "stays": float(i)}, lambda _: True)
         monitor.observe({f"c{i}": 1.0}, lambda client: client == "stays")
     assert list(monitor._watched) == ["stays"]
-    assert monitor._lead == {"stays": {}}
+    assert (len(monitor._lead), len(monitor._free), monitor._service.count(inf)) == (2, 1, 1)
 
 
 # -- the bound tracker -------------------------------------------------------------------------------------------------

@@ -82,6 +82,29 @@ def test_after_a_restart_calls_in_the_middle_are_believed_for_the_idle_time_and_
     assert found.is_first("ann", "begun-before", 3, 560.1)
 
 
+@pytest.mark.parametrize("is_late", [False, True])
+def test_after_a_restart_an_interaction_that_was_refused_here_is_not_believed_to_have_begun(is_late: bool) -> None:
+    """Its second call was on its way when the first was refused: served, it would be served for nothing."""
+    found = Interactions(idle_s=60.0)
+    found.is_first("nobody", "x", 0, 0.0)
+    if is_late:
+        call(found, "ann", "task", 5.0, request="r")
+        found.turned_away("ann", "task", "r")
+    else:
+        found.cut("ann", "task")
+    assert found.is_first("ann", "task", 1, 6.0)
+    assert not found.is_first("ann", "other", 1, 6.0), "of others the authority knows nothing"
+    assert call(found, "ann", "task", 7.0) and not found.is_first("ann", "task", 1, 8.0), "in time, it may begin"
+
+
+def test_what_was_refused_is_remembered_only_as_long_as_callers_are_believed() -> None:
+    found = Interactions(idle_s=60.0)
+    found.is_first("nobody", "x", 0, 0.0)
+    found.cut("ann", "task")
+    found.expire(60.1)
+    assert not found._never_begun
+
+
 def test_after_a_restart_what_comes_back_is_known_to_have_begun() -> None:
     """A call that waited with the predecessor for longer than the grace: its next call is in the middle still."""
     found = Interactions(idle_s=60.0)
@@ -96,14 +119,29 @@ def test_after_a_restart_what_comes_back_is_known_to_have_begun() -> None:
 # -- how long it lives -------------------------------------------------------------------------------------------------
 
 
-def test_an_idle_interaction_is_forgotten(interactions: Interactions) -> None:
+def test_an_idle_interaction_is_under_way_no_more_and_goes_on_when_its_caller_comes_back(
+    interactions: Interactions,
+) -> None:
+    """Somebody reads the answer for longer than a minute: the next call is no first call, or it would be throttled."""
     call(interactions, "ann", "task", OLD_S, request="r")
     interactions.ended("ann", "task", "r", 10, OLD_S + 5)
     assert interactions.expire(OLD_S + 65) == []
     assert interactions.expire(OLD_S + 65.1) == ["ann"]
     assert not interactions.is_under_way("ann")
-    assert interactions.is_first("ann", "task", 1, OLD_S + 66)
+    assert not call(interactions, "ann", "task", OLD_S + 500, 1)
+    assert interactions.is_under_way("ann")
     assert interactions.num_wasted_tokens == 0, "what nobody continues was not cut"
+
+
+def test_an_interaction_is_forgotten_when_nothing_was_heard_of_it_for_its_longest_time(
+    interactions: Interactions,
+) -> None:
+    call(interactions, "ann", "task", OLD_S, request="r")
+    interactions.ended("ann", "task", "r", 10, OLD_S + 5)
+    interactions.expire(OLD_S + 605)
+    assert ("ann", "task") in interactions._known
+    interactions.expire(OLD_S + 605.1)
+    assert not interactions._known
 
 
 def test_a_call_that_waits_or_runs_keeps_it_alive(interactions: Interactions) -> None:
@@ -179,9 +217,56 @@ def test_a_caller_that_tries_again_too_late_begins_anew(interactions: Interactio
     call(interactions, "ann", "task", OLD_S, request="a")
     interactions.ended("ann", "task", "a", 100, OLD_S + 1)
     interactions.cut("ann", "task")
-    interactions.expire(OLD_S + 62)
-    assert call(interactions, "ann", "task", OLD_S + 62, index=1)
+    interactions.expire(OLD_S + 602)
+    assert call(interactions, "ann", "task", OLD_S + 602, index=1)
     assert (interactions.num_cut, interactions.num_wasted_tokens) == (1, 100)
+
+
+# -- refused when it was picked ----------------------------------------------------------------------------------------
+
+
+def test_an_interaction_has_begun_once_any_of_its_calls_was_granted(interactions: Interactions) -> None:
+    for request in ("a", "b"):
+        call(interactions, "ann", "task", OLD_S, request=request)
+    assert not interactions.has_begun("ann", "task", "a")
+    interactions.granted("ann", "task", "b")
+    assert interactions.has_begun("ann", "task", "a")
+    assert not interactions.has_begun("bob", "task", "a"), "nobody else's has"
+    assert not interactions.has_begun("ann", "", "a"), "and what stands alone never has"
+
+
+def test_turned_away_before_it_began_it_is_unknown_again_and_takes_its_waiting_calls_along(
+    interactions: Interactions,
+) -> None:
+    for request in ("a", "b"):
+        call(interactions, "ann", "task", OLD_S, request=request)
+    call(interactions, "ann", "other", OLD_S, request="c")
+    assert interactions.turned_away("ann", "task", "a") == ["a", "b"]
+    interactions.check()
+    assert (interactions.num_cut, interactions.num_wasted_tokens, len(interactions)) == (0, 0, 1)
+    assert interactions.is_first("ann", "task", 1, OLD_S + 1), "trying again is beginning again"
+    assert interactions.turned_away("ann", "other", "c") == ["c"] and not interactions.is_under_way("ann")
+    assert interactions.turned_away("ann", "", "d") == ["d"]
+
+
+def test_turned_away_when_its_worth_was_used_up_it_is_cut_with_all_that_was_spent_on_it(
+    interactions: Interactions,
+) -> None:
+    for i in range(5):
+        call(interactions, "ann", "task", OLD_S + i, request=f"r{i}")
+        interactions.granted("ann", "task", f"r{i}")
+        interactions.ended("ann", "task", f"r{i}", 10, OLD_S + i)
+    assert call(interactions, "ann", "task", OLD_S + 6, request="r5"), "a first call again"
+    assert not interactions.has_begun("ann", "task", "r5")
+    assert interactions.turned_away("ann", "task", "r5") == ["r5"]
+    interactions.check()
+    assert (interactions.num_cut, interactions.num_wasted_tokens) == (1, 50)
+    assert interactions.is_first("ann", "task", 6, OLD_S + 7), "and what was refused bought no further worth"
+
+
+def test_what_comes_again_from_a_predecessor_has_begun(interactions: Interactions) -> None:
+    interactions.waits_again("ann", "task", "r", OLD_S)
+    assert interactions.has_begun("ann", "task", "r")
 
 
 def test_refusing_a_first_call_wastes_nothing(interactions: Interactions) -> None:
@@ -199,6 +284,8 @@ class Model:
     max_calls: int
     all: list[dict[str, Any]] = field(default_factory=list)
     born_s: float | None = None
+    refused: set[tuple[str, str]] = field(default_factory=set)
+    """Before they began."""
 
     def live(self, key: tuple[str, str]) -> dict[str, Any] | None:
         return next((one for one in self.all if one["key"] == key and not one["is_over"]), None)
@@ -207,15 +294,17 @@ class Model:
         self.born_s = now_s if self.born_s is None else self.born_s
         one = self.live(key)
         if one is None:
-            return index == 0 or now_s - self.born_s > self.idle_s
+            return index == 0 or now_s - self.born_s > self.idle_s or key in self.refused
         return one["num_calls"] >= self.max_calls or now_s - one["begun_s"] > self.max_s
 
     def accepted(self, key: tuple[str, str], request_id: str, now_s: float, is_first: bool) -> None:
         one = self.live(key)
+        self.refused.discard(key)
         if one is None:
             one = {
                 "key": key,
                 "is_over": False,
+                "is_idle": False,
                 "is_cut": False,
                 "tokens": 0,
                 "before": 0,
@@ -229,10 +318,11 @@ class Model:
                 "before": one["before"] + one["tokens"] * one["is_cut"],
                 "begun_s": now_s,
                 "num_calls": 0,
-                "tokens": 0,
+                "tokens": one["tokens"] * (not one["is_cut"]),
             }
         one["cuts"] = one.get("cuts", 0) + (is_first and one["is_cut"])
         one["is_cut"] = False
+        one["is_idle"] = False
         one["num_calls"] += 1
         one["open"].add(request_id)
         one["seen_s"] = now_s
@@ -243,7 +333,9 @@ class Model:
                 if one["open"]:
                     one["seen_s"] = now_s
                 else:
-                    one["is_over"] = True
+                    one["is_idle"] = True
+            if now_s - one["seen_s"] > self.max_s:
+                one["is_over"] = True
 
     @property
     def wasted(self) -> tuple[int, int]:
@@ -253,7 +345,7 @@ class Model:
 
     @property
     def under_way(self) -> set[str]:
-        return {one["key"][0] for one in self.all if not one["is_over"] and not one["is_cut"]}
+        return {one["key"][0] for one in self.all if not one["is_idle"] and not one["is_cut"]}
 
 
 @settings(max_examples=80, deadline=None)
@@ -275,6 +367,8 @@ def test_any_history_is_told_as_brute_force_tells_it(seed: int) -> None:
                     found.cut(*key)
                     if one is not None:
                         one["is_cut"] = True
+                    else:
+                        model.refused.add(key)
                 else:
                     found.accepted(*key, f"r{i}", now_s, is_first=is_first)
                     model.accepted(key, f"r{i}", now_s, is_first)
@@ -286,12 +380,12 @@ def test_any_history_is_told_as_brute_force_tells_it(seed: int) -> None:
                     found.ended(*key, request_id, num_tokens, now_s)
                     one["open"].discard(request_id)
                     one["tokens"] += num_tokens
-                one["seen_s"] = now_s
+                one["seen_s"], one["is_idle"] = now_s, False
             case 4:
                 before = model.under_way
                 model.expire(now_s)
                 assert set(found.expire(now_s)) == before - model.under_way
         found.check()
         assert (found.num_cut, found.num_wasted_tokens) == model.wasted
-        assert len(found) == sum(not one["is_over"] for one in model.all)
+        assert len(found) == sum(not one["is_idle"] for one in model.all)
         assert {client for client in "ab" if found.is_under_way(client)} == model.under_way

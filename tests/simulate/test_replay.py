@@ -233,6 +233,22 @@ def test_a_caller_that_left_before_the_first_token_leaves_there_again(read: Read
     assert recorded.live.requests[0].outcome == "cancelled"
 
 
+def test_a_cancel_before_the_grant_is_one_again_and_changes_by_an_operator_are_passed_over(read: Read) -> None:
+    change = entry("change", 0.5, client="ann", set={"weight": 4.0})
+    recorded = read(
+        [
+            came("waits"),
+            came("runs"),
+            granted("runs"),
+            change,
+            *(entry("cancel", 2.0, request=r) for r in ("waits", "runs", "gone")),
+        ]
+    )
+    waits, runs = sorted(recorded.live.requests, key=lambda one: one.arrival.request_id, reverse=True)
+    assert (waits.outcome, waits.arrival.cancel_after) == ("cancelled", 0)
+    assert (runs.outcome, runs.arrival.cancel_after, recorded.num_unknown) == ("cancelled", None, 1)
+
+
 def test_what_came_before_the_file_begins_is_left_out(read: Read) -> None:
     recorded = read([granted("gone"), finished("gone"), came("here", 3.0)])
     assert [arrival.request_id for arrival in recorded.arrivals] == ["here"]
