@@ -25,6 +25,9 @@ ASK_S = 1.0
 """Seconds between two questions to the counter actor."""
 OLD_S = 10.0
 """An answer this old is none: the cluster stays as it is until the actor answers again."""
+UNSEEN_S = 10.0
+"""A request that only Serve counts is on its way to the actor, or waits for a first replica. Where there is a replica
+and the actor has not seen the request for so long, it is gone and Serve did not notice."""
 
 
 class BacklogPolicy:
@@ -47,6 +50,7 @@ class BacklogPolicy:
         self._now_s = now_s
         self._ask = ask or _asker(counter)
         self._newest: tuple[float, Demand] | None = None
+        self._unseen_since_s: float | None = None
         self._thread: threading.Thread | None = None
 
     def __call__(self, ctx: AutoscalingContext) -> tuple[float, dict[str, Any]]:
@@ -61,8 +65,13 @@ class BacklogPolicy:
         wanted = wanted_replicas(
             self._newest[1], target_use=self._target_use, replicas_per_waiting_batch=self._per_waiting_batch
         )
-        if wanted == 0 and ctx.total_num_requests > 0:  # an answer from before a request that just came
-            return 1, {}
+        if wanted > 0 or not ctx.total_num_requests or not ctx.current_num_replicas:
+            self._unseen_since_s = None
+        if wanted == 0 and ctx.total_num_requests > 0:  # the answer may be from before a request that just came
+            if self._unseen_since_s is None:
+                self._unseen_since_s = self._now_s()
+            if self._now_s() - self._unseen_since_s < UNSEEN_S:
+                return 1, {}
         return wanted, {}
 
     def refresh(self) -> None:

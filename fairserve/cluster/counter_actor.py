@@ -23,6 +23,7 @@ from fairserve.cluster.keeper import ClusterMemory, Keeper, Memory, live_memory,
 from fairserve.cluster.line_file import LineFile
 from fairserve.cluster.metrics_sink import MetricsSink, actor_metrics
 from fairserve.cluster.reading import About, Reading, told
+from fairserve.cluster.tracing import DispatchSpans, make_tracing
 from fairserve.config import ApiConfig, CounterConfig, FairServeArgs
 from fairserve.dispatch.controls import Control, Controls
 from fairserve.dispatch.decision_log import DecisionLog
@@ -100,6 +101,7 @@ class CounterService:
         if metrics is not None:
             self._metrics = ActorMetrics(metrics, deployed.metrics.top_clients, restored)
         self._exported_s = self._clock.now_s() - deployed.metrics.interval_s
+        self._spans = DispatchSpans(make_tracing(deployed.tracing))
         self._polls: dict[str, set[asyncio.Event]] = {}
         self._ticking: asyncio.Task[None] | None = None
         self._saved_s = self._busy_s = self._clock.now_s()
@@ -108,12 +110,19 @@ class CounterService:
 
     async def route(self, call: RouterCall) -> RouterReply:
         """Submits, cancels, declined grants; see :meth:`Dispatcher.route`."""
+        self._spans.called(call)
         reply = self._dispatcher.route(call, self._now_s())
+        self._spans.replied(reply)
         self._wake_routers()
         return reply
 
     async def poll(self, call: RouterCall) -> RouterReply:
         """Grants and late refusals for this router, as soon as there are any, at the latest after ``poll_s``."""
+        reply = await self._poll(call)
+        self._spans.replied(reply)
+        return reply
+
+    async def _poll(self, call: RouterCall) -> RouterReply:
         asked = self._dispatcher
         reply = asked.poll(call, self._now_s())
         if reply.grants or reply.refusals or reply.resubmit:
@@ -262,7 +271,9 @@ class CounterService:
         return self._desk.keys()
 
     async def key_directory(self, version: int) -> dict[str, Any] | None:
-        """The live keys for an ingress that knows those of ``version`` (-1: none); None when it is up to date."""
+        """The live keys for an ingress that knows those of ``version`` (-1: none); None when it is up to date. While an
+        ingress asks, the actor is in use, even without requests and replicas."""
+        self._busy_s = self._now_s()
         return self._desk.key_directory(version)
 
     async def settings(self) -> list[dict[str, Any]]:
@@ -347,6 +358,7 @@ class CounterService:
         await asyncio.sleep(TICK_S)
         now_s = self._clock.now_s()
         self._dispatcher.tick(now_s)
+        self._spans.keep(self._dispatcher.holds)
         self._wake_routers()
         await self._reading.tick()
         await self._export(now_s)

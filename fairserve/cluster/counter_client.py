@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from fairserve.clock import Clock
@@ -282,7 +283,7 @@ class RouterClient:
 async def traced_acquire(tracer: Tracer, trace: str, client: RouterClient, submit: Submit) -> Grant | None:
     """:meth:`RouterClient.acquire` inside a span, below the traceparent ``trace``, that tells what was decided."""
     with spanning(tracer, QUEUE, trace, client=submit.client, is_retry=submit.is_retry) as span:
-        grant = await client.acquire(submit)
+        grant = await client.acquire(replace(submit, trace=span.traceparent))
         span.note(is_granted=grant is not None)
         if grant is not None:
             span.note(replica=grant.replica, waited_s=grant.waited_s, grant=grant.seq)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,8 @@ MAX_PENDING = 200_000
 
 
 class LineFile:
-    """``write`` only remembers; ``flush``, which may block and never raises, appends. At ``max_bytes`` the file moves
+    """``write`` only remembers; ``flush``, which may block and never raises, appends: when it returns, all that was
+    remembered before is in the file. At ``max_bytes`` the file moves
     to FILE.1, over the one before, and the next one begins with ``heading()``, where that is not empty."""
 
     def __init__(self, path: str, max_bytes: int = MAX_BYTES, heading: Callable[[], str] = str) -> None:
@@ -24,11 +26,16 @@ class LineFile:
         self._heading = heading
         self._has_moved = False
         self._pending: deque[str] = deque(maxlen=MAX_PENDING)
+        self._flushing = threading.Lock()
 
     def write(self, line: str) -> None:
         self._pending.append(line)
 
     def flush(self) -> None:
+        with self._flushing:
+            self._append()
+
+    def _append(self) -> None:
         lines = [self._pending.popleft() for _ in range(len(self._pending))]
         if not lines:
             return

@@ -4,28 +4,32 @@
 
     fairserve.request            ingress: from the read request to its end
     +-- fairserve.queue          router: from the submit to the grant, with the decision as attributes
+    |   +-- fairserve.dispatch   counter actor: from the submit's arrival to the answer that holds the grant or refusal
     +-- fairserve.prefill        replica: from its arrival there to its first token
     +-- fairserve.decode         replica: from the first token to the last
 
-Between processes travels a ``traceparent`` (W3C Trace Context, version 00) in ``GenerateRequest.trace``. The counter
-actor records no spans: its decisions take microseconds, and the grant that tells of one is in the router's span.
+Between processes travels a ``traceparent`` (W3C Trace Context, version 00) in ``GenerateRequest.trace`` and
+``Submit.trace``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fairserve.config import TracingConfig
+from fairserve.dispatch.messages import RouterCall, RouterReply
 from fairserve.engine.request import GenerateRequest, RequestOutput
 from fairserve.errors import ConfigError
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
-REQUEST, QUEUE, PREFILL, DECODE = (f"fairserve.{name}" for name in ("request", "queue", "prefill", "decode"))
+REQUEST, QUEUE, DISPATCH, PREFILL, DECODE = (
+    f"fairserve.{name}" for name in ("request", "queue", "dispatch", "prefill", "decode")
+)
 Value = str | int | float | bool
 
 
@@ -149,6 +153,42 @@ class PhaseSpans:
         if self._has_token:
             self._span.note(num_output=self._num_output)
         self._span.end()
+
+
+class DispatchSpans:
+    """One span of each traced request that waits in the counter actor. It looks at calls and replies, and touches
+    neither."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        self._tracer = tracer
+        self._open: dict[str, Span] = {}
+
+    def called(self, call: RouterCall) -> None:
+        """Before the call is answered."""
+        for submit in call.submits:
+            if submit.trace and submit.request_id not in self._open:
+                about: dict[str, Value] = {"client": submit.client, "is_retry": submit.is_retry}
+                self._open[submit.request_id] = self._tracer.begin(DISPATCH, submit.trace, **about)
+        if self._open:
+            for request_id in (*call.cancels, *call.declined):
+                self._end(request_id, outcome="cancelled")
+
+    def replied(self, reply: RouterReply) -> None:
+        if self._open:
+            for grant in reply.grants:
+                self._end(grant.request_id, outcome="granted", replica=grant.replica, waited_s=grant.waited_s)
+            for refusal in reply.refusals:
+                self._end(refusal.request_id, outcome=refusal.error.reason)
+
+    def keep(self, waits: Callable[[str], bool]) -> None:
+        """End the spans of requests that left without an answer, with their router."""
+        for request_id in [request_id for request_id in self._open if not waits(request_id)]:
+            self._end(request_id, outcome="lost")
+
+    def _end(self, request_id: str, **attributes: Value) -> None:
+        if (span := self._open.pop(request_id, None)) is not None:
+            span.note(**attributes)
+            span.end()
 
 
 def make_tracing(config: TracingConfig) -> Tracer:

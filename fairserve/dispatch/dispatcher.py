@@ -566,6 +566,10 @@ class Dispatcher:
 
     # -- what others may see ----------------------------------------------------------------------------------------
 
+    def holds(self, request_id: str) -> bool:
+        """Whether it waits, or is granted and not finished."""
+        return request_id in self.room or request_id in self.leases
+
     @property
     def is_idle(self) -> bool:
         """No router and no replica is known."""

@@ -66,6 +66,8 @@ class Submit:
     """Hashes of the prompt's leading blocks of tokens, each covering all before it; for policies that look at them."""
     predicted_output: int | None = None
     """Output tokens foretold by somebody who is believed (an oracle in simulations); None: the policy predicts."""
+    trace: str = ""
+    """The traceparent of the router's span, below which the actor's own belongs; "" when the request is not traced."""
 
 
 @dataclass(frozen=True, slots=True)

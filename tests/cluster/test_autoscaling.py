@@ -12,7 +12,7 @@ import pytest
 from fairserve.app import BACKLOG_POLICY, how_many
 from fairserve.clock import VirtualClock
 from fairserve.cluster import autoscaling
-from fairserve.cluster.autoscaling import OLD_S, BacklogPolicy
+from fairserve.cluster.autoscaling import OLD_S, UNSEEN_S, BacklogPolicy
 from fairserve.config import FairServeArgs
 from fairserve.dispatch.demand import Demand
 
@@ -33,8 +33,10 @@ class Scene:
             raise self.answer
         return self.answer
 
-    def wanted(self, num_requests: float = 0.0) -> float:
-        ctx: Any = SimpleNamespace(target_num_replicas=3, total_num_requests=num_requests)
+    def wanted(self, num_requests: float = 0.0, num_replicas: int = 3) -> float:
+        ctx: Any = SimpleNamespace(
+            target_num_replicas=3, total_num_requests=num_requests, current_num_replicas=num_replicas
+        )
         return self.policy(ctx)[0]
 
 
@@ -68,6 +70,24 @@ def test_a_request_that_the_actor_has_not_seen_yet_keeps_one_replica(scene: Scen
     scene.answer = replace(BUSY, num_running=0, used_tokens=0, num_waiting=0, waiting_tokens=0)
     scene.policy.refresh()
     assert (scene.wanted(), scene.wanted(num_requests=1)) == (0, 1)
+
+
+def test_a_request_that_the_actor_does_not_see_although_there_are_replicas_keeps_none_for_ever(scene: Scene) -> None:
+    scene.answer = replace(BUSY, num_running=0, used_tokens=0, num_waiting=0, waiting_tokens=0)
+    seen = []
+    for _ in range(4):
+        scene.policy.refresh()
+        seen.append(scene.wanted(num_requests=1, num_replicas=1))
+        scene.clock.advance(UNSEEN_S / 2)
+    assert seen == [1, 1, 0, 0]
+
+
+def test_a_request_waits_for_the_first_replica_however_long_that_takes_to_start(scene: Scene) -> None:
+    scene.answer = replace(BUSY, num_replicas=0, num_running=0, used_tokens=0, num_waiting=0, waiting_tokens=0)
+    for _ in range(10):
+        scene.policy.refresh()
+        assert scene.wanted(num_requests=1, num_replicas=0) == 1
+        scene.clock.advance(UNSEEN_S)
 
 
 def test_the_asking_ends_with_the_policy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -32,11 +33,13 @@ def num_running(served: Served) -> int:
 
 
 async def until(num: int, served: Served, timeout_s: float) -> None:
-    async with asyncio.timeout(timeout_s):
-        while True:
-            if await asyncio.to_thread(num_running, served) == num:
-                return
-            await asyncio.sleep(0.2)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            while await asyncio.to_thread(num_running, served) != num:  # noqa: ASYNC110 (Serve tells nobody)
+                await asyncio.sleep(0.2)
+            return
+    demand = await served.counter_actor().demand.remote()
+    pytest.fail(f"never {num} replicas: {await asyncio.to_thread(num_running, served)} run, the actor sees {demand}")
 
 
 async def test_replicas_follow_a_wave_up_and_down_to_none_and_the_next_request_brings_one_back(served: Served) -> None:

@@ -282,6 +282,21 @@ async def test_an_idle_service_ends_itself_and_a_busy_one_does_not() -> None:
             clock.advance(30)
 
 
+async def test_a_service_that_an_ingress_asks_for_keys_does_not_end_itself() -> None:
+    ended = asyncio.Event()
+    clock = VirtualClock()
+    args = FairServeArgs.model_validate({"counter": {"idle_ttl_s": 50}})
+    service = CounterService(args.model_dump_json(), clock=clock, on_idle=ended.set)
+    for _ in range(4):
+        clock.advance(40)
+        assert await service.key_directory(-1) is not None
+        await service._tick()
+    assert not ended.is_set()
+    clock.advance(51)
+    await service._tick()
+    assert ended.is_set()
+
+
 async def test_counters_outlive_the_service_in_a_snapshot(tmp_path: Any) -> None:
     clock = VirtualClock()
     args = FairServeArgs.model_validate({"counter": {"store": str(tmp_path / "c.sqlite"), "snapshot_s": 1}})

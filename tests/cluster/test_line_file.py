@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
@@ -100,3 +102,25 @@ def test_the_file_after_a_full_one_begins_with_the_heading_of_now(tmp_path: Path
     file.write("c")
     file.flush()
     assert path.read_text() == "c\n", "no heading, no line"
+
+
+def test_a_flush_returns_only_when_another_that_is_under_way_has_written(tmp_path: Path) -> None:
+    is_slow, may_go = threading.Event(), threading.Event()
+
+    class Slow(LineFile):
+        def _append(self) -> None:
+            if not is_slow.is_set():
+                is_slow.set()
+                may_go.wait(10)
+            super()._append()
+
+    file = Slow(str(tmp_path / "log"))
+    file.write("one")
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(file.flush)
+        assert is_slow.wait(10)
+        second = threads.submit(file.flush)
+        assert wait([second], timeout=0.05).not_done
+        may_go.set()
+        first.result(10)
+        second.result(10)

@@ -21,13 +21,14 @@ from fairserve.clock import SystemClock
 from fairserve.cluster.counter_actor import CounterService
 from fairserve.cluster.counter_client import RouterClient, traced_acquire
 from fairserve.cluster.replica import ReplicaCore
-from fairserve.cluster.tracing import NO_TRACING, OtelTracing, Tracer, make_tracing
+from fairserve.cluster.tracing import NO_TRACING, DispatchSpans, OtelTracing, Tracer, make_tracing
 from fairserve.config import FairServeArgs, TracingConfig
-from fairserve.dispatch.messages import Submit
+from fairserve.dispatch.messages import Grant, Refusal, RouterCall, RouterReply, Submit
 from fairserve.dispatch.replica_book import LocalBook
 from fairserve.dispatch.router_book import RouterBook
 from fairserve.engine.events import Limits
 from fairserve.engine.request import GenerateRequest, RequestOutput
+from fairserve.errors import ClientQueueFull
 from fairserve.fairness.catalog import make_policy
 from fairserve.fairness.cost import WeightedTokens
 from tests.api.scripted import byte_tokenizer
@@ -48,7 +49,9 @@ class House:
 
     def __init__(self, tracer: Tracer) -> None:
         self.tracer = tracer
-        self.wire = Wire(CounterService(ARGS.model_dump_json()))
+        self.counter = CounterService(ARGS.model_dump_json())
+        self.counter._spans = DispatchSpans(tracer)
+        self.wire = Wire(self.counter)
         self.engine = ScriptedLoop(LocalBook(make_policy("vtc"), WeightedTokens()))
         clock = SystemClock()
         self.core = ReplicaCore("m-1", LIMITS, self.engine.book, self.wire, ARGS, clock, tracer=tracer)
@@ -103,13 +106,16 @@ def by_name(exported: InMemorySpanExporter) -> dict[str, ReadableSpan]:
     return dict(zip(names, spans, strict=True))
 
 
-async def test_a_request_leaves_a_span_at_the_door_in_the_queue_and_two_on_the_replica(
+async def test_a_request_leaves_a_span_at_the_door_in_the_queue_in_the_actor_and_two_on_the_replica(
     house: House, exported: InMemorySpanExporter
 ) -> None:
     assert (await house.ask()).status_code == 200
     spans = by_name(exported)
-    assert spans.keys() == {"request", "queue", "prefill", "decode"}
-    root = spans.pop("request")
+    assert spans.keys() == {"request", "queue", "dispatch", "prefill", "decode"}
+    root, in_actor = spans.pop("request"), spans.pop("dispatch")
+    assert in_actor.parent is not None
+    assert in_actor.parent.span_id == spans["queue"].context.span_id
+    assert in_actor.context.trace_id == root.context.trace_id
     assert root.parent is None
     assert {span.parent.span_id for span in spans.values()} == {root.context.span_id}
     assert {span.context.trace_id for span in spans.values()} == {root.context.trace_id}
@@ -131,6 +137,7 @@ async def test_spans_tell_who_where_and_how_much(house: House, exported: InMemor
     assert told["queue"]["fairserve.replica"] == "m-1"
     assert told["queue"]["fairserve.is_granted"] is True
     assert 0 <= told["queue"]["fairserve.waited_s"] < 5
+    assert told["dispatch"].items() >= {"fairserve.outcome": "granted", "fairserve.replica": "m-1"}.items()
     assert told["prefill"]["fairserve.num_input"] == 3
     assert told["decode"]["fairserve.finish_reason"] == "length"
 
@@ -155,6 +162,22 @@ async def test_a_request_that_goes_without_a_grant_says_so(house: House, exporte
     assert (await house.ask()).status_code == 200
     queue = by_name(exported)["queue"]
     assert dict(queue.attributes or {})["fairserve.is_granted"] is False
+
+
+async def test_the_actor_s_span_ends_with_whatever_becomes_of_the_request(exported: InMemorySpanExporter) -> None:
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exported))
+    spans = DispatchSpans(OtelTracing(provider))
+    names = ("granted", "refused", "cancelled", "declined", "lost", "waiting")
+    submits = tuple(Submit(name, "ann", 3, 2, trace=CALLER) for name in names)
+    spans.called(RouterCall("r", 1, 1, 0, (*submits, Submit("untraced", "ann", 3, 2))))
+    refusal = Refusal("refused", ClientQueueFull("ann", 1, 1, 1.0))
+    spans.replied(RouterReply(1, (Grant("granted", "m-1", 0.5, 1),), (refusal,)))
+    spans.replied(RouterReply(1, (Grant("granted", "m-1", 0.5, 1), Grant("untraced", "m-1", 0.5, 2))))
+    spans.called(RouterCall("r", 1, 2, 1, cancels=("cancelled",), declined=("declined",)))
+    spans.keep(lambda request_id: request_id == "waiting")
+    outcomes = [dict(span.attributes or {})["fairserve.outcome"] for span in exported.get_finished_spans()]
+    assert outcomes == ["granted", "client_queue_full", "cancelled", "cancelled", "lost"]
 
 
 async def test_a_request_that_fails_ends_its_spans_with_an_error(house: House, exported: InMemorySpanExporter) -> None:
