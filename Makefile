@@ -31,8 +31,13 @@ $(VENV)/.model: fairserve/engine/embedded.py $(VENV)/.installed
 demo: setup ## FCFS beside VTC under a flood: a table and a chart, under 6 minutes
 	@$(BIN)/python -m benchmarks.demo $(ARGS)
 
-test: setup ## run all tests
+test: setup ## run all tests: first those without Ray, on all cores, then those on one real Ray cluster
+ifeq ($(strip $(ARGS)),)
+	@$(BIN)/python -m pytest -m "not cluster" --numprocesses auto --maxprocesses 8; without_ray=$$?; \
+	  $(BIN)/python -m pytest -m cluster && exit $$without_ray
+else
 	@$(BIN)/python -m pytest $(ARGS)
+endif
 
 serve: setup ## serve the embedded model until Ctrl-C
 	@$(BIN)/fairserve serve $(ARGS)
