@@ -122,10 +122,9 @@ def _interruptible() -> Iterator[None]:
 
 
 def welcome(args: FairServeArgs, url: str, dashboard_url: str | None) -> str:
-    """What a person needs next: the URL, a curl that works as it stands, the dashboards."""
-    in_clear = next((key.key for key in args.api.keys if key.key), None)
+    """What a person needs next: the URL, a curl, the dashboards. No secret."""
     has_keys = bool(args.api.keys or args.api.keys_file or os.environ.get(ENV_KEYS, "").strip())
-    key = in_clear or ("$FAIRSERVE_KEY" if has_keys else "demo-key")
+    key = "$FAIRSERVE_KEY" if has_keys else "demo-key"  # never a real one: this may go to a log
     body = {"model": args.model_name, "messages": [{"role": "user", "content": "What is the capital of France?"}]}
     lines = [
         "",

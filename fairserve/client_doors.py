@@ -13,6 +13,7 @@ from fairserve.cluster.counter_query import found_actor, has_ended, raise_plainl
 from fairserve.errors import (
     AdminKeyRequired,
     ChangeNotKept,
+    ConfigError,
     CounterUnreachable,
     FairServeError,
     InvalidRequest,
@@ -106,10 +107,10 @@ class HttpDoor:
     def __init__(
         self, url: str, admin_key: str | None, timeout_s: float, transport: httpx.BaseTransport | None = None
     ) -> None:
-        headers = {"authorization": f"Bearer {admin_key}"} if admin_key else {}
-        self._url = url.rstrip("/")
-        base = self._url + PREFIX
+        headers = {"authorization": f"Bearer {_sendable(admin_key)}"} if admin_key else {}
+        base = url.rstrip("/") + PREFIX
         self._http = httpx.Client(base_url=base, headers=headers, timeout=timeout_s, transport=transport)
+        self._url = _without_user(url.rstrip("/"))
 
     def ask(self, method: str, **arguments: Any) -> Any:
         if method == "client":
@@ -165,6 +166,24 @@ class HttpDoor:
             case status, _ if status >= 500:
                 return CounterUnreachable(f"{self._url}: {message}")
         return InvalidRequest(message, param, code)
+
+
+def _sendable(key: str) -> str:
+    """The key without a line break at its end, as many a file has one.
+
+    Raises:
+        ConfigError: a header cannot carry it; the HTTP library's own error would show it.
+    """
+    key = key.strip()
+    if not all(" " <= character <= "~" for character in key):
+        raise ConfigError("the admin key holds a line break or a character beyond ASCII, which no header can carry")
+    return key
+
+
+def _without_user(url: str) -> str:
+    """For messages: a URL may hold a password."""
+    scheme, slashes, rest = url.partition("://")
+    return scheme + slashes + rest.rpartition("@")[2]
 
 
 def _client_path(name: str) -> str:

@@ -33,6 +33,8 @@ class Strict(BaseModel):
 
     renamed: ClassVar[dict[str, str]] = {}
     """Former names of fields -> names."""
+    holds_secret: ClassVar[bool] = False
+    """An unknown field is not named: whoever writes {secret: client} has made the secret a field name."""
 
     @model_validator(mode="before")
     @classmethod
@@ -43,7 +45,8 @@ class Strict(BaseModel):
                     former = [cls.renamed[name]] if name in cls.renamed else []
                     near = former or difflib.get_close_matches(str(name), cls.model_fields, n=1)
                     hint = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(cls.model_fields)}"
-                    raise ValueError(f"{cls.__name__} has no field {name!r}: {hint}")
+                    shown = "the field that was given" if cls.holds_secret else f"field {name!r}"
+                    raise ValueError(f"{cls.__name__} has no {shown}: {hint}")
         return data
 
 
@@ -238,6 +241,8 @@ CLIENT_RULE = "up to three segments joined by /, each 1-64 of A-Z a-z 0-9 . _ : 
 class ApiKey(Strict):
     """One client. Exactly one of ``key`` and ``key_sha256`` is given."""
 
+    holds_secret = True
+
     client: Annotated[str, Field(pattern=f"^{CLIENT_PATH}$")]
     """The client this key names, flat or a path: user, organisation/user or organisation/team/user, each segment 1-64
     of A-Z a-z 0-9 . _ : @ -. Several keys may name one client. No client may stand above another: with acme/ann there
@@ -278,6 +283,8 @@ class ApiKey(Strict):
 
 class AdminKey(Strict):
     """Somebody who may look at everything and change it. Exactly one of ``key`` and ``key_sha256`` is given."""
+
+    holds_secret = True
 
     name: Annotated[str, Field(pattern=f"^{CLIENT_SEGMENT}$")]
     """Who it is, in the audit log: 1-64 of A-Z a-z 0-9 . _ : @ -. One may have several keys."""
@@ -322,6 +329,8 @@ class ApiConfig(Strict):
     what its own callers send in these headers a gateway must take out."""
     max_body_bytes: PositiveInt = 2_000_000
     """Bytes one request body may hold; more is refused with 413."""
+    read_timeout_s: PositiveFloat = 30.0
+    """Seconds in which a request body must come whole; then the request ends with 408."""
     max_choices: PositiveInt = 128
     """Largest number of sequences one request may ask for: prompts times n."""
     default_max_tokens: PositiveInt | None = None

@@ -14,6 +14,8 @@
     |   +-- UnknownKey              no live API key of that id
     |   +-- AdminKeyRequired        /admin needs an admin key, or another one (HTTP 403)
     |   +-- BodyTooLarge            more bytes than max_body_bytes (HTTP 413)
+    |   +-- BodyTooSlow             the body did not come whole within read_timeout_s (HTTP 408)
+    |   +-- HeadersTooLarge         more header fields, or more bytes in them, than are read (HTTP 431)
     |   +-- WrongContentType        the body is not declared as plain JSON (HTTP 415)
     +-- Refused                     the request is fine, there is no room now (HTTP 429)
     |   +-- ClientQueueFull         this client has too many waiting requests
@@ -149,6 +151,27 @@ class BodyTooLarge(RequestError):
 
     def __init__(self, limit: int) -> None:
         super().__init__(limit=limit, param=None, code="body_too_large")
+
+
+class BodyTooSlow(RequestError):
+    message = "the request body did not come whole within {limit_s:g} s"
+
+    def __init__(self, limit_s: float) -> None:
+        super().__init__(limit_s=limit_s, param=None, code="body_too_slow")
+
+
+class HeadersTooLarge(RequestError):
+    message = "the request has {num_fields} header fields with {num_bytes} bytes, at most {max_fields} with {max_bytes}"
+
+    def __init__(self, num_fields: int, num_bytes: int, max_fields: int, max_bytes: int) -> None:
+        super().__init__(
+            num_fields=num_fields,
+            num_bytes=num_bytes,
+            max_fields=max_fields,
+            max_bytes=max_bytes,
+            param=None,
+            code="headers_too_large",
+        )
 
 
 class WrongContentType(RequestError):

@@ -131,6 +131,8 @@ def _num_cpus(args: FairServeArgs) -> int:
 
 def _safe_environment() -> None:
     """Settings that Ray reads when it is imported; the user's own win."""
+    # Off, Ray's own processes listen on loopback only, on Linux too; the HTTP port listens where it is told to.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own is 15: any other process would starve the model
 

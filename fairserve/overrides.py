@@ -5,12 +5,15 @@ For the service (YAML) and the simulator's scenarios (TOML) alike.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
 from fairserve.errors import ConfigError
+
+PLAIN_WORD = re.compile(r"[a-z_]+(\.[a-z0-9_]+)*")
 
 
 def lay_over(data: dict[str, Any], word: str) -> None:
@@ -24,10 +27,10 @@ def lay_over(data: dict[str, Any], word: str) -> None:
     group: Any = data
     *parents, last = path.split(".")
     for parent in parents:
-        group = group.setdefault(parent, {}) if isinstance(group, dict) else group[_index(group, parent, word)]
+        group = group.setdefault(parent, {}) if isinstance(group, dict) else group[_index(group, parent, path)]
         if not isinstance(group, dict | list):
-            raise ConfigError(f"{word!r}: {parent} holds a value, not a group of settings")
-    group[last if isinstance(group, dict) else _index(group, last, word)] = value
+            raise ConfigError(f"{path}: {parent} holds a value, not a group of settings")
+    group[last if isinstance(group, dict) else _index(group, last, path)] = value
 
 
 def setting_of(word: str) -> tuple[str, Any]:
@@ -38,7 +41,8 @@ def setting_of(word: str) -> tuple[str, Any]:
     """
     path, equals, text = word.partition("=")
     if not equals or not path:
-        raise ConfigError(f"{word!r} is not key=value, such as num_replicas=2 or engine.max_num_seqs=8")
+        shown = f"{word!r}" if PLAIN_WORD.fullmatch(word) else "a word"  # anything else may be a secret
+        raise ConfigError(f"{shown} is not key=value, such as num_replicas=2 or engine.max_num_seqs=8")
     try:
         return path, yaml.safe_load(text)
     except yaml.YAMLError:
@@ -55,7 +59,13 @@ def mistakes(error: ValidationError) -> str:
     return "; ".join(lines)
 
 
-def _index(entries: list[Any], key: str, word: str) -> int:
+def told_place(error: Exception) -> str:
+    """Where a YAML reader stopped, to follow a sentence. Its own text would show the line, and so a key in it."""
+    mark = getattr(error, "problem_mark", None)
+    return "" if mark is None else f" (line {mark.line + 1}, column {mark.column + 1})"
+
+
+def _index(entries: list[Any], key: str, path: str) -> int:
     if not (key.isdecimal() and int(key) < len(entries)):
-        raise ConfigError(f"{word!r}: {key!r} names no entry of a list of {len(entries)}, numbered from 0")
+        raise ConfigError(f"{path}: {key!r} names no entry of a list of {len(entries)}, numbered from 0")
     return int(key)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from fairserve.config import FairServeArgs
 from fairserve.errors import ConfigError
-from fairserve.overrides import lay_over, mistakes
+from fairserve.overrides import lay_over, mistakes, told_place
 
 WIDTH = 110
 
@@ -94,7 +94,7 @@ def _arguments(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"cannot read {file}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{file} is not YAML{told_place(error)}") from None
     if data is None:
         return {}
     if not isinstance(data, dict):

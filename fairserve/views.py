@@ -220,7 +220,9 @@ class KeyView(View):
 class NewKey(View):
     """A key that was just made."""
 
-    secret: str
+    model_config = ConfigDict(hide_input_in_errors=True)
+
+    secret: Annotated[str, Field(repr=False)]
     """Shown this once and kept nowhere."""
     key: KeyView
 

@@ -13,6 +13,7 @@ A client's API key never opens /admin. Keys are kept and compared as SHA-256 dig
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -24,7 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from fairserve.api.http_errors import describe
 from fairserve.api.identity import bearer_of, keys_in_env
 from fairserve.config import AdminKey, ApiConfig
-from fairserve.errors import AdminKeyRequired, BodyTooLarge, ConfigError, Unauthenticated
+from fairserve.errors import AdminKeyRequired, BodyTooLarge, BodyTooSlow, ConfigError, Unauthenticated
 
 ENV_ADMIN_KEYS = "FAIRSERVE_ADMIN_KEYS"
 ANYBODY = "anybody"
@@ -32,6 +33,8 @@ HOW_TO = f"configure one in api.admin_keys or {ENV_ADMIN_KEYS} and send 'Authori
 READING = frozenset({"GET", "HEAD"})
 MAX_BODY_BYTES = 100_000
 """Of a change; the longest, a client with many applications, is a few thousand."""
+READ_TIMEOUT_S = 30.0
+"""For a change to come whole."""
 
 
 class Admins:
@@ -100,10 +103,17 @@ class AdminDoor:
     Who it is stands in ``scope["state"]["who"]``.
     """
 
-    def __init__(self, app: ASGIApp, admins: Callable[[], Admins], max_body_bytes: int = MAX_BODY_BYTES) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        admins: Callable[[], Admins],
+        max_body_bytes: int = MAX_BODY_BYTES,
+        read_timeout_s: float = READ_TIMEOUT_S,
+    ) -> None:
         self._app = app
         self._admins = admins
         self._max_body_bytes = max_body_bytes
+        self._read_timeout_s = read_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -111,10 +121,17 @@ class AdminDoor:
             return
         started = False
         num_bytes = 0
+        reading_until_s: float | None = asyncio.get_running_loop().time() + self._read_timeout_s
 
         async def limited() -> Message:
-            nonlocal num_bytes
-            message = await receive()
+            nonlocal num_bytes, reading_until_s
+            try:
+                async with asyncio.timeout_at(reading_until_s):
+                    message = await receive()
+            except TimeoutError:
+                raise BodyTooSlow(self._read_timeout_s) from None
+            if not message.get("more_body"):
+                reading_until_s = None  # whoever asks now waits for the caller to leave
             num_bytes += len(message.get("body", b""))
             if num_bytes > self._max_body_bytes:
                 raise BodyTooLarge(self._max_body_bytes)

@@ -67,7 +67,7 @@ async def _generate(
     service: OpenAIService, request: Request, kind: type[ChatRequest] | type[CompletionRequest]
 ) -> Response:
     client = service.identify(request.headers)  # before the body: strangers get no parsing
-    body = parse(kind, await read_json(request, service.max_body_bytes))
+    body = parse(kind, await read_json(request, service.max_body_bytes, service.read_timeout_s))
     labels = labels_of(request.headers, body.metadata or {}, client)
 
     async def respond(scope: Scope, receive: Receive, send: Send) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from starlette.requests import Request
 
-from fairserve.errors import BodyTooLarge, WrongContentType
+from fairserve.errors import BodyTooLarge, BodyTooSlow, WrongContentType
 
 
-async def read_json(request: Request, max_bytes: int) -> bytes:
+async def read_json(request: Request, max_bytes: int, limit_s: float) -> bytes:
     """The raw body of a request that says it is JSON.
 
     The content type is required, not guessed: a web page can make a browser post ``text/plain`` to a service on
@@ -16,6 +18,7 @@ async def read_json(request: Request, max_bytes: int) -> bytes:
     Raises:
         WrongContentType: the body is not declared as uncompressed JSON.
         BodyTooLarge: by its Content-Length, or by counting what arrives.
+        BodyTooSlow: it was not there as a whole after ``limit_s`` seconds.
         starlette.requests.ClientDisconnect: the client went away.
     """
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -27,6 +30,14 @@ async def read_json(request: Request, max_bytes: int) -> bytes:
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and (len(declared) > 18 or int(declared) > max_bytes):
         raise BodyTooLarge(max_bytes)
+    try:
+        async with asyncio.timeout(limit_s):
+            return await _read(request, max_bytes)
+    except TimeoutError:
+        raise BodyTooSlow(limit_s) from None
+
+
+async def _read(request: Request, max_bytes: int) -> bytes:
     body = bytearray()
     async for chunk in request.stream():
         body += chunk

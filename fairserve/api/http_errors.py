@@ -2,11 +2,11 @@
 
 ::
 
-    400 InvalidRequest, PromptTooLong      413 BodyTooLarge          500 anything unexpected (logged with its id)
-    401 Unauthenticated                    415 WrongContentType      503 ReplicaFailed, CounterUnreachable,
-    403 AdminKeyRequired                   429 Refused                   ChangeNotKept
-    404 UnknownModel, UnknownClient,                                 504 RequestTimeout
-        UnknownKey, no such route
+    400 InvalidRequest, PromptTooLong      408 BodyTooSlow           500 anything unexpected (logged with its id)
+    401 Unauthenticated                    413 BodyTooLarge          503 ReplicaFailed, CounterUnreachable,
+    403 AdminKeyRequired                   415 WrongContentType          ChangeNotKept
+    404 UnknownModel, UnknownClient,       429 Refused               504 RequestTimeout
+        UnknownKey, no such route          431 HeadersTooLarge
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import logging
 import math
 import re
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
@@ -29,9 +30,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from fairserve.errors import (
     AdminKeyRequired,
     BodyTooLarge,
+    BodyTooSlow,
     ChangeNotKept,
     CounterUnreachable,
     FairServeError,
+    HeadersTooLarge,
     Refused,
     ReplicaFailed,
     RequestError,
@@ -48,6 +51,10 @@ logger = logging.getLogger(__name__)
 
 REQUEST_ID_HEADER = "x-request-id"
 _PLAIN_ID = re.compile(r"[A-Za-z0-9._-]{8,128}")
+MAX_FIELDS = 100
+"""Header fields of one request."""
+MAX_FIELD_BYTES = 32_768
+"""Bytes of their names and values together. Ray Serve's proxy has no limit of its own."""
 REPLICA_RETRY_S = 1
 """Retry-After when a replica failed: the others go on, so a retry may come at once."""
 MAX_RETRY_S = 3600
@@ -59,8 +66,10 @@ _REQUEST_ERRORS = {
     UnknownModel: 404,
     UnknownClient: 404,
     UnknownKey: 404,
+    BodyTooSlow: 408,
     BodyTooLarge: 413,
     WrongContentType: 415,
+    HeadersTooLarge: 431,
 }
 
 
@@ -164,6 +173,7 @@ class Guard:
             await send(message)
 
         try:
+            _check_size(scope["headers"])
             await self.app(scope, receive, send_with_id)
         except ClientDisconnect:
             logger.debug("request %s: the client went away", request_id)
@@ -171,6 +181,12 @@ class Guard:
             problem = describe(error, request_id)
             if not started:
                 await problem.response()(scope, receive, send_with_id)
+
+
+def _check_size(fields: Sequence[tuple[bytes, bytes]]) -> None:
+    num_bytes = sum(len(name) + len(value) for name, value in fields)
+    if len(fields) > MAX_FIELDS or num_bytes > MAX_FIELD_BYTES:
+        raise HeadersTooLarge(len(fields), num_bytes, MAX_FIELDS, MAX_FIELD_BYTES)
 
 
 def install(app: FastAPI, *, id_from_server: bool) -> None:

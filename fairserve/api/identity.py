@@ -26,6 +26,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from fairserve.config import CLIENT_PATH, CLIENT_RULE, CLIENT_SEGMENT, ApiConfig, ApiKey
 from fairserve.errors import ConfigError, InvalidRequest, Unauthenticated
+from fairserve.overrides import told_place
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,8 @@ OPEN_WARNING = (
     "fairserve runs OPEN: no API key is configured, anybody may call, and the unchecked bearer token names the client. "
     f"For anything but development set api.keys, api.keys_file or {ENV_KEYS}."
 )
-MAX_SHOWN_TOKEN = 32
+MAX_SHOWN_TOKEN = 24
+"""Characters of a token that may be a name; the keys of many services are 32 hex digits."""
 SECRET_PREFIXES = ("fs-", "sk-")
 CLIENT_NAME = re.compile(CLIENT_PATH)
 FLAT_NAME = re.compile(CLIENT_SEGMENT)
@@ -234,9 +236,7 @@ def _keys_in_file(path: Path) -> tuple[ApiKey, ...]:
     except OSError as error:
         raise ConfigError(f"api.keys_file {str(path)!r} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)  # the error's own text would show the line, and so the key
-        where = "" if mark is None else f" (line {mark.line + 1})"
-        raise ConfigError(f"api.keys_file {str(path)!r} is neither JSON nor YAML{where}") from None
+        raise ConfigError(f"api.keys_file {str(path)!r} is neither JSON nor YAML{told_place(error)}") from None
     return _validated(data, f"api.keys_file {str(path)!r}", ApiKey)
 
 

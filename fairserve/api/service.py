@@ -85,6 +85,7 @@ class OpenAIService:
     ) -> None:
         self.model_name = args.model_name
         self.max_body_bytes = args.api.max_body_bytes
+        self.read_timeout_s = args.api.read_timeout_s
         self._limits = args.api.model_copy(update={"keys": (), "admin_keys": ()})
         self.deployed = self._identities = Identities.from_config(args.api, environ)
         """Who has a key of the deployment."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterable
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -12,6 +13,8 @@ from fairserve.errors import InvalidRequest
 from fairserve.views import ClientChange
 
 SECRET_PREFIX = "fs-"
+MAX_DEPTH = 20
+"""Lists and objects within one another in a setting's value; the deepest that means anything has one."""
 MAX_SHOWN = 3
 """Wrong fields told at once."""
 Model = TypeVar("Model", bound=BaseModel)
@@ -59,11 +62,22 @@ def change_of(fields: dict[str, Any]) -> ClientChange:
 def settings_of(change: dict[str, Any]) -> dict[str, Any]:
     """
     Raises:
-        InvalidRequest: no setting is named.
+        InvalidRequest: no setting is named, or a value is nested so deeply that it could not be sent on.
     """
     if not change:
         raise InvalidRequest('nothing to change: name a setting and its value, such as {"fairness.quantum": 500}')
+    level: list[Any] = [change]
+    for _ in range(MAX_DEPTH + 1):
+        level = [inner for outer in level for inner in _inside(outer)]
+    if level:
+        raise InvalidRequest(f"a setting's value may be nested {MAX_DEPTH} levels deep")
     return change
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list | tuple) else ()
 
 
 def checked(kind: type[Model], fields: dict[str, Any]) -> Model:
