@@ -81,11 +81,9 @@ def test_fault_tolerance_is_set_in_one_place_only(overlay: Rendered) -> None:
     assert not any("ft-enabled" in name or "external-storage" in name for name in annotations)
 
 
-def test_a_token_is_asked_for_with_a_name_that_every_cluster_of_the_service_shares(overlay: Rendered) -> None:
-    options = overlay.cluster["authOptions"]
-    assert options["mode"] in ("disabled", "token")
-    if options["mode"] == "token":
-        assert "auth_token" in overlay.named("Secret", options["secretName"])["data"]
+def test_ray_asks_for_a_token_with_a_name_that_every_cluster_of_the_service_shares(overlay: Rendered) -> None:
+    assert overlay.cluster["authOptions"] == {"mode": "token", "secretName": "fairserve-ray-token"}
+    assert set(overlay.named("Secret", "fairserve-ray-token")["data"]) == {"auth_token"}
 
 
 def test_no_alpha_feature_is_used(overlay: Rendered) -> None:
