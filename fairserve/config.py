@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import re
 from typing import Annotated, Any, ClassVar, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
 
@@ -171,12 +173,14 @@ class CounterConfig(Strict):
     heartbeat_s: Annotated[float, Field(gt=0, le=10)] = 0.5
     """Seconds between reports of an idle replica."""
     store: Annotated[str, Field(min_length=1)] | None = "session"
-    """SQLite file, on the node of the actor, for the counters, the history, what was changed live and who changed it.
-    session: in Ray's session directory, so that it outlives the actor and not the Ray cluster. null: no file: a
-    restarted actor still knows what was changed live, counts from the totals of the living replicas, and all counters
-    begin level."""
+    """Where counters, history, what was changed live and who changed it outlive the actor. A path: SQLite file on the
+    node of the actor. session: the same in Ray's session directory, which does not outlive the Ray cluster.
+    redis://HOST:PORT/DB or rediss:// (TLS; ?ssl_ca_certs=FILE): Redis, which clusters may share to be fair together;
+    its password in FAIRSERVE_REDIS_PASSWORD, or in the file FAIRSERVE_REDIS_PASSWORD_FILE, where the actor runs. null:
+    nowhere: a restarted actor still knows what was changed live, counts from the totals of the living replicas, and all
+    counters begin level."""
     snapshot_s: Annotated[float, Field(gt=0, le=60)] = 1.0
-    """Seconds between snapshots of the counters."""
+    """Seconds between snapshots of the counters, and between exchanges with clusters that share a Redis."""
     decision_log_path: str | None = None
     """File for every decision, one JSON line each, on the node of the actor; `fairserve simulate --replay` reads it.
     It names clients and lengths, no text. At 100 MB it begins anew and the last one is kept as FILE.1. null: none."""
@@ -187,6 +191,27 @@ class CounterConfig(Strict):
     resource: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.:-]{0,62}$")] | None = None
     """Custom Ray resource: the actor runs only on a node that offers it, and waits for one. With Ray's GCS fault
     tolerance an actor off the head node lives through a restart of the head. null: pin_to_head decides."""
+
+    @property
+    def is_in_redis(self) -> bool:
+        return self.store is not None and "://" in self.store
+
+    @field_validator("store")
+    @classmethod
+    def _is_place(cls, store: str | None) -> str | None:
+        if store is None or "://" not in store:
+            return store
+        parts = urlsplit(store)
+        if parts.scheme not in ("redis", "rediss"):
+            raise ValueError("a URL must begin with redis:// or rediss://; anything else is a path, session or null")
+        if parts.password is not None:
+            raise ValueError("the URL holds a password: give it in FAIRSERVE_REDIS_PASSWORD or a file instead")
+        host, _, query = store.partition("?")
+        if not re.fullmatch(r"rediss?://([^/@:]+@)?([^/@:\[\]]+|\[[0-9a-fA-F:.]+\])(:[0-9]{1,5})?(/[0-9]*)?", host):
+            raise ValueError("a Redis URL reads redis://HOST:PORT/DB, where DB is a number")
+        if query and (parts.scheme == "redis" or not re.fullmatch(r"ssl_ca_certs=[^&]+", query)):
+            raise ValueError("a Redis URL has no options but ?ssl_ca_certs=FILE, of rediss://")
+        return store
 
     @model_validator(mode="after")
     def _poll_below_timeout(self) -> CounterConfig:

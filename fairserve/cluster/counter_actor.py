@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -18,14 +19,24 @@ from fairserve.assembly import make_dispatcher
 from fairserve.clock import Clock, SystemClock
 from fairserve.cluster.actor_metrics import ActorMetrics
 from fairserve.cluster.counter_client import for_ever
-from fairserve.cluster.desk import Change, Desk
-from fairserve.cluster.keeper import ClusterMemory, Keeper, Memory, live_memory, ray_session_folder, store_of
+from fairserve.cluster.desk import MAX_AUDIT, Change, Desk
+from fairserve.cluster.keeper import (
+    ClusterMemory,
+    Keeper,
+    Memory,
+    cluster_id,
+    id_memory,
+    live_memory,
+    ray_session_folder,
+    store_of,
+)
 from fairserve.cluster.line_file import LineFile
 from fairserve.cluster.metrics_sink import MetricsSink, actor_metrics
 from fairserve.cluster.reading import About, Reading, told
+from fairserve.cluster.saver import Saver
 from fairserve.cluster.tracing import DispatchSpans, make_tracing
 from fairserve.config import ApiConfig, CounterConfig, FairServeArgs
-from fairserve.dispatch.controls import Control, Controls
+from fairserve.dispatch.controls import NO_CONTROL, Control, Controls
 from fairserve.dispatch.decision_log import DecisionLog
 from fairserve.dispatch.demand import Demand, demand
 from fairserve.dispatch.dispatcher import Dispatcher
@@ -33,9 +44,11 @@ from fairserve.dispatch.history import WEEK_S
 from fairserve.dispatch.messages import ReportReply, RouterCall, RouterReply, StepReport
 from fairserve.dispatch.notes import Notes
 from fairserve.dispatch.overview import known_clients
+from fairserve.dispatch.snapshots import adopted, document, laid_over, read_document
 from fairserve.dispatch.status import status
-from fairserve.dispatch.store import SqliteStore
-from fairserve.errors import UnknownClient
+from fairserve.dispatch.store import Overtaken, Snapshot, Store
+from fairserve.errors import InvalidRequest, UnknownClient
+from fairserve.fairness.hierarchy import is_group
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +65,8 @@ class CounterService:
     """Forwards to the Dispatcher; adds waiting (long polls), the clock and snapshots. Decides nothing.
 
     ``memory`` keeps the settings of the newest :meth:`configure` for a restart, which comes with the first settings;
-    ``live_memory`` keeps what was changed live, beside the store. ``session_folder`` names the folder of the cluster's
+    ``live_memory`` keeps what was changed live, beside the store; ``id_memory`` the id of this Ray cluster.
+    ``session_folder`` names the folder of the cluster's
     session, where there is one. ``metrics`` None: none are exported. ``was_restarted`` tells whether this is not the
     actor's first life.
     """
@@ -66,6 +80,7 @@ class CounterService:
         on_idle: Callable[[], None] | None = None,
         memory: Memory | None = None,
         live_memory: Memory | None = None,
+        id_memory: Memory | None = None,
         session_folder: Callable[[], str] | None = None,
         unix_s: Callable[[], float] = time.time,
         metrics: MetricsSink | None = None,
@@ -76,7 +91,11 @@ class CounterService:
         self._deployed_json = deployed.model_dump_json()
         self._config: CounterConfig = deployed.counter
         self._session_folder = session_folder
-        self._keeper = Keeper(store_of(self._config, session_folder), live_memory)
+        self._unix_s = unix_s
+        epoch = epoch or time.time_ns()
+        self._saver = Saver(lambda: cluster_id(id_memory), epoch, unix_s)
+        self._keeper = Keeper(self._store_of(self._config), live_memory)
+        self._seen_live: str | None = None
         state, audit = self._keeper.begin()
         self._desk = Desk(deployed, unix_s, state=state, audit=audit)
         self._changing = asyncio.Lock()
@@ -90,13 +109,12 @@ class CounterService:
         if self._config.decision_log_path:
             self._log_file = LineFile(self._config.decision_log_path, heading=lambda: self._log_heading)
         self._log_heading = ""
-        self._dispatcher = self._new_dispatcher(self._args, epoch or time.time_ns())
-        self._unix_s = unix_s
+        self._dispatcher = self._new_dispatcher(self._args, epoch)
         self._reading = Reading(lambda: self._dispatcher, self._about, self._clock.now_s, unix_s=unix_s)
-        restored = self._restore()
+        restored, why = self._restore(audit)
         num_restored = len(known_clients(self._dispatcher)) if restored else 0
-        self._dispatcher.notes.started(num_restored, self._clock.now_s())
-        restored = restored or ("scratch" if was_restarted() else "first")
+        self._dispatcher.notes.started(num_restored, self._clock.now_s(), why)
+        restored = restored or ("scratch" if why or was_restarted() else "first")
         self._metrics: ActorMetrics | None = None
         if metrics is not None:
             self._metrics = ActorMetrics(metrics, deployed.metrics.top_clients, restored)
@@ -104,6 +122,7 @@ class CounterService:
         self._spans = DispatchSpans(make_tracing(deployed.tracing))
         self._polls: dict[str, set[asyncio.Event]] = {}
         self._ticking: asyncio.Task[None] | None = None
+        self._keeping: asyncio.Task[None] | None = None
         self._saved_s = self._busy_s = self._clock.now_s()
 
     # -- the protocol -------------------------------------------------------------------------------------------------
@@ -199,8 +218,8 @@ class CounterService:
         self._config, self._deployed_json = deployed.counter, deployed.model_dump_json()
         if has_moved:
             async with self._changing:
-                store = store_of(self._config, self._session_folder)
-                await asyncio.to_thread(self._keeper.move, store, self._desk.state)
+                self._saver.moved()
+                await asyncio.to_thread(self._keeper.move, self._store_of(self._config), self._desk.state)
         if is_new and self._memory is not None:
             await asyncio.to_thread(self._memory.remember, args_json)
         return self._dispatcher.epoch
@@ -284,6 +303,33 @@ class CounterService:
         """``views.AuditView``, newest first."""
         return self._desk.audit(before_seq, limit)
 
+    # -- moving counters between clusters -----------------------------------------------------------------------------
+
+    async def export_counters(self) -> dict[str, Any]:
+        """Counters and totals of one moment, as plain values that are JSON."""
+        self._now_s()
+        head, cut = await self._saver.take(self._dispatcher)
+        return await asyncio.to_thread(lambda: document(head, cut.snapshot()))
+
+    async def import_counters(self, exported: dict[str, Any], who: str) -> int:
+        """Lay the counters of such an export over those in force; a new epoch begins. The same one twice changes
+        nothing more. Returns how many clients it names.
+
+        Raises:
+            InvalidRequest: it is no such export, or something in it is wrong.
+        """
+        now_s = self._now_s()
+        try:
+            head, snapshot = await asyncio.to_thread(read_document, exported)
+            theirs = adopted(head, snapshot)
+            mine = self._dispatcher.dump()
+            self._exchange_dispatcher(self._args, laid_over(mine, theirs, self._saver.cluster))
+        except ValueError as error:
+            raise InvalidRequest(f"these counters cannot be imported: {error}") from None
+        num_clients = sum(not is_group(node) for node in snapshot["counters"])
+        self._dispatcher.notes.changed(who, f"the counters: imported those of {num_clients:,} clients", now_s)
+        return num_clients
+
     async def _change(self, plan: Callable[[], Change], apply: Callable[[Any], None] = lambda answer: None) -> Any:
         """Check, keep, adopt, apply; one change at a time. What is kept is adopted even when the caller has gone."""
         self._now_s()
@@ -304,11 +350,20 @@ class CounterService:
         """The settings in force may have changed."""
         args = self._desk.in_force
         if (args.fairness, args.dispatch) != (self._args.fairness, self._args.dispatch):
-            snapshot, notes = self._dispatcher.dump(), self._dispatcher.notes
-            self._dispatcher = self._new_dispatcher(args, max(time.time_ns(), self._dispatcher.epoch + 1), notes)
-            self._dispatcher.load(snapshot)
-            self._wake(self._polls)
+            self._exchange_dispatcher(args, self._dispatcher.dump())
         self._args = args
+
+    def _exchange_dispatcher(self, args: FairServeArgs, snapshot: Snapshot) -> None:
+        """Another one goes on from the snapshot; nothing changes where it cannot be loaded."""
+        epoch = max(time.time_ns(), self._dispatcher.epoch + 1)
+        follows = self._new_dispatcher(args, epoch, self._dispatcher.notes)
+        try:
+            follows.load(snapshot)
+        except BaseException:
+            self._dispatcher.notes.begins(self._dispatcher.queue.is_waiting)
+            raise
+        self._dispatcher = follows
+        self._wake(self._polls)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
@@ -323,23 +378,39 @@ class CounterService:
             self._log_heading = log.heading
         return make_dispatcher(args.fairness, args.dispatch, epoch=epoch, log=log, notes=notes, controls=self._controls)
 
-    def _restore(self) -> str:
-        """Where the counters go on from: a snapshot, or nowhere ("")."""
-        restored, store = "", self._keeper.store
+    def _store_of(self, config: CounterConfig) -> Store | None:
+        return store_of(config, self._session_folder, lambda: self._saver.cluster, self._unix_s)
+
+    def _restore(self, audit: list[dict[str, Any]]) -> tuple[str, str]:
+        """Where the counters go on from: a snapshot, or nowhere (""), and why nowhere if there was one."""
+        restored, why, store = "", "", self._keeper.store
         if store is None:
-            return restored
+            return restored, why
         try:
-            snapshot = store.load()
-            if snapshot is not None:
-                self._dispatcher.load(snapshot)
+            found = store.load()
+            if found is not None:
+                head, snapshot = found
+                is_mine = head.cluster in ("", self._saver.cluster) or not self._config.is_in_redis
+                self._dispatcher.load(snapshot if is_mine else adopted(head, snapshot))
                 restored = "snapshot"
-        except ValueError as error:
-            logger.error("counters begin level: %s", error)
+                self._saver.go_on(head if is_mine else None)
+        except OSError as error:
+            why = f"{error}"
+            logger.error("counters begin level: %s", why)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            try:
+                why = f"{error}; set aside as {store.set_aside()}"
+            except OSError as failed:
+                why = f"{error}; it could not be set aside: {failed}"
+            logger.error("counters begin level: %s", why)
+            self._dispatcher = self._new_dispatcher(self._args, self._dispatcher.epoch)
+            self._keeper.put_back(self._desk.state, audit)
         try:
-            self._reading.history_book.load(store.load_history(60, self._unix_s() - WEEK_S, MAX_RESTORED))
-        except ValueError as error:
+            if not why:
+                self._reading.history_book.load(store.load_history(60, self._unix_s() - WEEK_S, MAX_RESTORED))
+        except (OSError, ValueError) as error:
             logger.error("history begins anew: %s", error)
-        return restored
+        return restored, why
 
     def _now_s(self) -> float:
         if self._ticking is None:
@@ -364,10 +435,10 @@ class CounterService:
         await self._export(now_s)
         if self._log_file is not None:
             await asyncio.to_thread(self._log_file.flush)
-        store = self._keeper.store
-        if store is not None and now_s - self._saved_s >= self._config.snapshot_s:
+        store, is_free = self._keeper.store, self._keeping is None or self._keeping.done()
+        if store is not None and is_free and now_s - self._saved_s >= self._config.snapshot_s - TICK_S:
             self._saved_s = now_s
-            await self._save(store)
+            self._keeping = asyncio.create_task(self._keep(store))
         if self._dispatcher.is_idle:
             if now_s - self._busy_s > self._config.idle_ttl_s and self._on_idle is not None:
                 self._on_idle()
@@ -386,13 +457,37 @@ class CounterService:
                 rows[name] = await self._reading.client(name)
         metrics.export(picture, rows.get, now_s)
 
-    async def _save(self, store: SqliteStore) -> None:
+    async def _keep(self, store: Store) -> None:
+        """Save what changed; exchange with the clusters that share the store. Beside the ticks: a store may hang."""
         try:
-            await asyncio.to_thread(store.save, self._dispatcher.dump())
+            if not await self._saver.save(store, lambda: self._dispatcher):
+                return
             if rows := self._reading.take_new_rows():
                 await asyncio.to_thread(store.save_history, rows, {60: self._unix_s() - WEEK_S})
+            if self._config.is_in_redis:
+                await self._saver.merge_others(store, lambda: self._dispatcher)
+                await self._share_changes(store)
+        except (OSError, ValueError) as error:
+            self._saver.failed(store, error)
         except Exception:
-            logger.exception("the counters could not be saved")
+            logger.exception("what should outlive the counter actor could not be kept")
+
+    async def _share_changes(self, store: Store) -> None:
+        """Take over what another cluster changed live, or tell what was changed here."""
+        async with self._changing:
+            with contextlib.suppress(Overtaken):  # the next round takes it over
+                shared = await asyncio.to_thread(self._keeper.share, self._desk.state, self._seen_live)
+                state, self._seen_live = shared
+                if state is None:
+                    return
+                audit = [json.loads(entry) for entry in await asyncio.to_thread(store.load_audit, MAX_AUDIT)]
+                before = self._desk.state.controls
+                self._desk.take_over(state, audit)
+                for client in {**before, **state.controls}:
+                    if self._desk.control(client) != before.get(client, NO_CONTROL):
+                        self._dispatcher.control(client, self._desk.control(client), self._clock.now_s())
+                self._take_settings()
+                self._wake_routers()
 
 
 def end_this_actor() -> None:
@@ -451,6 +546,7 @@ def start_counter_actor(args: FairServeArgs) -> Any:
             on_idle=end_this_actor,
             memory=ClusterMemory(),
             live_memory=live_memory(config),
+            id_memory=id_memory(config),
             session_folder=ray_session_folder,
             metrics=actor_metrics(args.metrics, config.name),
             was_restarted=was_this_actor_restarted,

@@ -225,6 +225,12 @@ class Desk:
         self._audit.append(change.entry)
         self._in_force = in_force(self._deployed, self._state.settings)
 
+    def take_over(self, state: State, audit: Iterable[dict[str, Any]]) -> None:
+        """Another cluster changed what both share. ``audit``: the newest entries, oldest first."""
+        self._state = _known(state)
+        self._audit = deque(audit, maxlen=MAX_AUDIT)
+        self._in_force = in_force(self._deployed, self._state.settings)
+
     def deploy(self, deployed: FairServeArgs) -> None:
         """A new deployment; what was changed live stays over it."""
         self._deployed = deployed

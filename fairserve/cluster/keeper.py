@@ -1,11 +1,13 @@
-"""Where what the counter actor must not forget is kept: a SQLite file, and Ray's own memory."""
+"""Where what the counter actor must not forget is kept: a SQLite file or Redis, and Ray's own memory."""
 
 from __future__ import annotations
 
 import json
 import logging
-import sqlite3
+import secrets
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote
@@ -13,7 +15,7 @@ from urllib.parse import quote
 from fairserve.cluster.desk import MAX_AUDIT, Change
 from fairserve.cluster.live_state import State, newest
 from fairserve.config import CounterConfig
-from fairserve.dispatch.store import SqliteStore
+from fairserve.dispatch.store import Overtaken, SqliteStore, Store
 from fairserve.errors import ChangeNotKept
 
 logger = logging.getLogger(__name__)
@@ -66,10 +68,41 @@ def ray_session_folder() -> str:
     return str(_global_node.get_session_dir_path())
 
 
-def store_of(config: CounterConfig, session_folder: Callable[[], str] | None = None) -> SqliteStore | None:
-    """The file that the configuration names; none for ``session`` where there is no Ray session."""
+def cluster_id(memory: Memory | None) -> str:
+    """What this Ray cluster is called where several keep their counters: made once, and kept in ``memory``."""
+    known = memory.recall() if memory is not None else None
+    if not known:
+        known = secrets.token_hex(6)
+        if memory is not None:
+            memory.remember(known)
+    return known
+
+
+def id_memory(config: CounterConfig) -> ClusterMemory:
+    """For :func:`cluster_id`, of the counter actor of this name."""
+    return ClusterMemory(f"fairserve:cluster:{config.namespace}:{config.name}")
+
+
+def store_of(
+    config: CounterConfig,
+    session_folder: Callable[[], str] | None = None,
+    cluster: Callable[[], str] = lambda: cluster_id(None),
+    unix_s: Callable[[], float] = time.time,
+) -> Store | None:
+    """The one that the configuration names; none for ``session`` where there is no Ray session. ``cluster``: the id of
+    this Ray cluster.
+
+    Raises:
+        ConfigError: the password of Redis is given wrongly.
+    """
+    if config.store is None:
+        return None
+    if config.is_in_redis:
+        from fairserve.cluster.redis_store import RedisStore
+
+        return RedisStore(config.store, f"{config.namespace}.{config.name}", cluster, unix_s)
     if config.store != SESSION:
-        return SqliteStore(config.store) if config.store is not None else None
+        return SqliteStore(config.store)
     if session_folder is None:
         return None
     name = quote(f"{config.namespace}.{config.name}", safe="")
@@ -80,7 +113,7 @@ class Keeper:
     """Keeps every live change in the store and in ``memory``, as far as there are any; the newest copy wins. All
     methods block."""
 
-    def __init__(self, store: SqliteStore | None, memory: Memory | None) -> None:
+    def __init__(self, store: Store | None, memory: Memory | None) -> None:
         self.store = store
         self._memory = memory
 
@@ -95,6 +128,9 @@ class Keeper:
                 audit = [json.loads(entry) for entry in self.store.load_audit(MAX_AUDIT)]
             except ValueError as error:
                 logger.error("%s; set aside as %s", error, self.store.set_aside())
+            except OSError as error:
+                logger.error("live changes are not known from there: %s", error)
+                del texts["store"]
         if self._memory is not None:
             try:
                 texts["memory"] = self._memory.recall()
@@ -103,35 +139,71 @@ class Keeper:
         state = newest(text for text in texts.values() if text is not None)
         text = state.dump()
         if state.version:
-            self._write(text, None, where=[place for place, known in texts.items() if known != text])
+            behind = [place for place, known in texts.items() if known != text]
+            with suppress(ChangeNotKept):  # another cluster was first: share() will tell
+                self._write(text, None, where=behind, version=state.version)
         return state, audit
 
     def keep(self, change: Change) -> None:
         """
         Raises:
-            ChangeNotKept: it could be kept nowhere, although there is a store or a memory.
+            ChangeNotKept: it could be kept nowhere, although there is a store or a memory; or another cluster that
+                shares the store made a change at the same moment.
         """
         places = ["store"] * (self.store is not None) + ["memory"] * (self._memory is not None)
-        failed = self._write(change.state.dump(), change.entry, where=places)
+        failed = self._write(change.state.dump(), change.entry, where=places, version=change.state.version)
         if places and len(failed) == len(places):
             raise ChangeNotKept("; ".join(failed))
 
-    def move(self, store: SqliteStore | None, state: State) -> None:
+    def move(self, store: Store | None, state: State) -> None:
         """From now on there is another store, or none. What an earlier life changed there is over."""
         self.store = store
         if state.version:
-            self._write(state.dump(), None, where=["store"])
+            with suppress(ChangeNotKept):
+                self._write(state.dump(), None, where=["store"], version=state.version)
 
-    def _write(self, text: str, entry: dict[str, Any] | None, where: list[str]) -> list[str]:
+    def share(self, mine: State, seen: str | None) -> tuple[State | None, str | None]:
+        """Clusters that share the store: the state that another one made, where it is newer than ``mine``; where it is
+        older, ``mine`` is put in its place. ``seen``: the document as of the last call; returns it as of this one."""
+        assert self.store is not None
+        text = self.store.load_document(LIVE)
+        if text is not None and text == seen:
+            return None, seen
+        try:
+            theirs = State() if text is None else State.load(text)
+        except ValueError as error:
+            logger.error("%s; it is left alone", error)
+            return None, text
+        if theirs.version > mine.version:
+            if self._memory is not None:
+                self._memory.remember(theirs.dump())
+            return theirs, text
+        if theirs.version < mine.version:
+            text = mine.dump()
+            self.store.save_document(LIVE, text, (), MAX_AUDIT, mine.version)
+        return None, text
+
+    def put_back(self, state: State, audit: list[dict[str, Any]]) -> None:
+        """The store was set aside: what was changed live is written into the new one."""
+        if self.store is not None and state.version:
+            entries = [(entry["seq"], json.dumps(entry, separators=(",", ":"))) for entry in audit]
+            try:
+                self.store.save_document(LIVE, state.dump(), entries, MAX_AUDIT, state.version)
+            except (OSError, Overtaken):
+                logger.exception("live changes could not be kept in %s", self.store.place)
+
+    def _write(self, text: str, entry: dict[str, Any] | None, where: list[str], version: int) -> list[str]:
         """Returns why it failed, for each place where it did."""
         failed: list[str] = []
         if self.store is not None and "store" in where:
             audit = [(entry["seq"], json.dumps(entry, separators=(",", ":")))] if entry else []
             try:
-                self.store.save_document(LIVE, text, audit, MAX_AUDIT)
-            except (OSError, sqlite3.Error, ValueError) as error:
-                logger.exception("a live change could not be kept in %s", self.store.path)
-                failed.append(f"{self.store.path}: {error}")
+                self.store.save_document(LIVE, text, audit, MAX_AUDIT, version)
+            except Overtaken:
+                raise ChangeNotKept("another cluster changed something at the same moment; try again") from None
+            except (OSError, ValueError) as error:
+                logger.exception("a live change could not be kept in %s", self.store.place)
+                failed.append(f"{self.store.place}: {error}")
         if self._memory is not None and "memory" in where:
             try:
                 self._memory.remember(text)

@@ -14,11 +14,12 @@ from typing import Any
 
 from fairserve.dispatch.capacity import Capacity, ReplicaRoom
 from fairserve.dispatch.controls import Control, Controls
+from fairserve.dispatch.cut import SNAPSHOT_VERSION, Cutter
 from fairserve.dispatch.decision_log import DecisionLog
 from fairserve.dispatch.door import Door
 from fairserve.dispatch.events import Events
 from fairserve.dispatch.leases import Lease, Leases, Waiting, scaled
-from fairserve.dispatch.ledger import Ledger
+from fairserve.dispatch.ledger import CLUSTER, Ledger
 from fairserve.dispatch.limits import DispatchLimits
 from fairserve.dispatch.messages import (
     Grant,
@@ -50,7 +51,6 @@ from fairserve.fairness.throttle import Throttle, ThrottleSettings
 
 __all__ = ["DispatchLimits", "Dispatcher"]
 
-SNAPSHOT_VERSION = 2
 UNREACHABLE_PAUSE_S = 1.0
 MOST_REFUSED = 32
 """Interactions that are throttled in one go: no call takes long, and the next goes on."""
@@ -96,6 +96,7 @@ class Dispatcher:
         self.weights = Weights(self.queue, self.controls, self.leases, self.watch)
         for client in self.controls:
             self.weights.control(client)
+        self.cutter = Cutter(self.queue, self.watch, self.weights, self.ledger)
         self.room = WaitingRoom(self.queue, self.controls)
         self.door = Door(self.queue, self.room, limits, self.throttle, self.controls)
         self._placement = Placement(self.queue, self.capacity, self.leases, limits, self.watch)
@@ -265,7 +266,7 @@ class Dispatcher:
         )
 
     def _merge(self, report: StepReport, added: Mapping[str, Totals], now_s: float) -> None:
-        queue, watch, table, notes = self.queue, self.watch, self.queue.table, self.notes
+        watch, table, notes = self.watch, self.queue.table, self.notes
         owners = {account: client_of(account) for account in report.totals}
         clients = {owners[account] for account in added}
         given_back = {owners[account] for account, difference in added.items() if difference.service < 0}
@@ -286,11 +287,8 @@ class Dispatcher:
             if client not in table:
                 self.weights.carry(client, report.weights.get(client, 1.0))
         for account, difference in added.items():
-            client = owners[account]
-            rates = queue.rates(client, queue.policy.price(client, application_of(account)))
-            queue.charge(client, difference.service, rates)
-            watch.served(client, difference.service, rates)
-            notes.served(report.replica, client, difference, difference.service * rates[0])
+            share = self._charge(account, difference.service)
+            notes.served(report.replica, owners[account], difference, share)
         for request_id, num_output in report.outputs.items():
             self._progress(request_id, num_output, report)
         for request_id in report.finished:
@@ -299,6 +297,42 @@ class Dispatcher:
         watch.merged(report.replica, before)
         if is_current:
             self.capacity.report(report, now_s)
+        watch.observe(clients)
+
+    def _charge(self, account: str, service: float) -> float:
+        """It was served; returns what it adds to the client's counter at the top level."""
+        client, queue = client_of(account), self.queue
+        rates = queue.rates(client, queue.policy.price(client, application_of(account)))
+        queue.charge(client, service, rates)
+        self.watch.served(client, service, rates)
+        return service * rates[0]
+
+    def merge_cluster(
+        self,
+        cluster: str,
+        incarnation: int,
+        totals: Mapping[str, Totals],
+        weights: Mapping[str, float],
+        seq: int,
+        *,
+        as_baseline: bool = False,
+    ) -> None:
+        """Part of what another cluster's replicas have served since its counting began: charged here like a replica's
+        report, once however often it comes. ``weights``: by account, for clients that were never seen here.
+        ``as_baseline``: it is noted and charged to nobody. See :meth:`Ledger.merge_cluster`."""
+        watch, table = self.watch, self.queue.table
+        added = self.ledger.merge_cluster(cluster, incarnation, totals, seq)
+        if as_baseline:
+            return
+        clients = {client_of(account) for account in added}
+        levels = watch.levels(clients)
+        before = {node: table.counter(node) for client in clients for node in path_of(client)}
+        for account, difference in added.items():
+            if (client := client_of(account)) not in table:
+                self.weights.carry(client, weights.get(account, 1.0))
+            self._charge(account, difference.service)
+        watch.returned(levels)
+        watch.merged(CLUSTER + cluster, before)
         watch.observe(clients)
 
     def _clients_of(self, report: StepReport) -> set[str]:

@@ -1,37 +1,54 @@
-"""The ledger: what every client has received, merged from the replicas' cumulative totals."""
+"""The ledger: what every client has received, merged from the cumulative totals of replicas and of other clusters."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fairserve.dispatch.cut import SLICE, BookKey, Changes, Served
 from fairserve.dispatch.messages import NOTHING, StepReport, Totals
 from fairserve.dispatch.sums import Sum
 from fairserve.fairness.accounts import client_of
 
+CLUSTER = "cluster:"
+"""Before the id of another cluster, where the name of a replica stands. What those served counts here, and is not told
+to others as ours."""
+EARLIER: BookKey = (CLUSTER, 0)
+"""What was served before counting began here: for people, charged to nobody."""
+
 
 @dataclass(slots=True)
 class _Book:
-    """Newest totals of one incarnation of one replica."""
+    """Newest totals of one incarnation of one replica, or of another cluster."""
 
     seq: int = 0
     totals: dict[str, Totals] = field(default_factory=dict)
+    unkept: dict[str, Totals] = field(default_factory=dict)
+    """Those that changed since the last cut."""
 
 
 class Ledger:
     """Applies differences of cumulative totals, kept per account (client and application): a lost report is made good
     by the next, a repeated or overtaken one changes nothing. Books of dead incarnations are kept, so that a late report
-    after a partition is still merged right, up to ``max_books``; then the longest silent one goes."""
+    after a partition is still merged right, up to ``max_books``; then the longest silent one of a replica goes."""
 
     def __init__(self, max_books: int = 10_000) -> None:
-        self._books: dict[tuple[str, int], _Book] = {}
+        self._books: dict[BookKey, _Book] = {}
+        self._clusters: dict[BookKey, _Book] = {}
+        """Of other clusters; never dropped."""
         self._totals: dict[str, Sum] = {}
         self._with_application: dict[str, list[str]] = {}
         """client -> those of its accounts that name an application."""
         self._max_books = max_books
         self.whole = Sum()
         """What all clients together have received; to look at."""
+        self._accounts: Changes[str, Served] | None = None
+        self._weight: Callable[[str], float] = lambda client: 1.0
+        self._changed_books: set[BookKey] = set()
+        self._gone_books: list[BookKey] = []
+        self._pending_books: dict[BookKey, _Book] = {}
+        self._cut_books: dict[BookKey, tuple[int, Mapping[str, Totals]]] = {}
 
     def service(self, client: str) -> float:
         """What this client has received, not divided by weight."""
@@ -66,20 +83,132 @@ class Ledger:
         self._books[key] = book
         if report.seq <= book.seq:
             return None
+        self._before_book(key)
         book.seq = report.seq
-        added = {}
+        added: dict[str, Totals] = {}
+        earlier: dict[str, Totals] = {}
+        watched = self._accounts
+        if watched is not None:
+            watched.before(report.totals)
         for account, totals in report.totals.items():
             is_new = account not in book.totals
             had = book.totals.get(account, NOTHING)
             if totals.service != had.service or totals != had:
                 difference = totals - had
                 book.totals[account] = totals
+                if watched is not None:
+                    book.unkept[account] = totals
                 self._add(account, difference)
-                if not (as_baseline and is_new):
-                    added[account] = difference
+                (earlier if as_baseline and is_new else added)[account] = difference
+        if earlier:
+            self._note_earlier(earlier)
         while len(self._books) > self._max_books:
-            del self._books[next(iter(self._books))]
+            self._forget(next(iter(self._books)))
         return added
+
+    def merge_cluster(
+        self, cluster: str, incarnation: int, totals: Mapping[str, Totals], seq: int
+    ) -> dict[str, Totals]:
+        """Take in part of what another cluster's replicas have served since its counting began; as often and in as
+        many parts as one likes. Returns what it adds. ``seq``: up to where everything has been taken in."""
+        key = (CLUSTER + cluster, incarnation)
+        book = self._clusters.setdefault(key, _Book())
+        self._before_book(key)
+        book.seq = max(book.seq, seq)
+        if self._accounts is not None:
+            self._accounts.before_unkept(totals)
+        added = {}
+        for account, total in totals.items():
+            had = book.totals.get(account, NOTHING)
+            if total != had:
+                book.totals[account] = book.unkept[account] = total
+                added[account] = total - had
+                self._add(account, added[account])
+        return added
+
+    def known_clusters(self) -> dict[tuple[str, int], int]:
+        """Up to where other clusters' totals have been taken in, by cluster and incarnation."""
+        return {(name.removeprefix(CLUSTER), number): book.seq for (name, number), book in self._clusters.items()}
+
+    def _note_earlier(self, earlier: Mapping[str, Totals]) -> None:
+        """It is in the totals, and is not to be told as served since counting began."""
+        book = self._clusters.setdefault(EARLIER, _Book())
+        self._before_book(EARLIER)
+        for account, difference in earlier.items():
+            total = book.totals.get(account, NOTHING) + difference
+            book.totals[account] = book.unkept[account] = total
+
+    def _forget(self, key: BookKey) -> None:
+        self._before_book(key)
+        del self._books[key]
+        if self._accounts is not None:
+            self._changed_books.discard(key)
+            self._gone_books.append(key)
+
+    def _served(self, account: str) -> Totals:
+        """What this cluster's own replicas have served since counting began."""
+        served = self._totals[account].totals()
+        for book in self._clusters.values():
+            if (elsewhere := book.totals.get(account)) is not None:
+                served -= elsewhere
+        return served
+
+    # -- cuts ---------------------------------------------------------------------------------------------------------
+
+    def cut(
+        self, weight: Callable[[str], float], *, is_whole: bool
+    ) -> Generator[
+        None,
+        None,
+        tuple[dict[str, Served], dict[BookKey, tuple[int, Mapping[str, Totals]]], list[BookKey]],
+    ]:
+        """The rows of accounts and books as of the first step, and the books that are gone since the last cut; see
+        :class:`~fairserve.dispatch.cut.Cutter`."""
+        self._weight = weight
+        if self._accounts is None:
+            self._accounts, is_whole = Changes(self._row), True
+        self._accounts.begin(self._totals if is_whole else None)
+        gone, self._gone_books = self._gone_books, []
+        changed, self._changed_books = self._changed_books, set()
+        self._cut_books, self._pending_books = {}, {}
+        if is_whole:
+            self._pending_books = {**self._books, **self._clusters}
+        else:
+            for key in changed:
+                book = self._book(key)
+                self._cut_books[key] = (book.seq, book.unkept)
+                book.unkept = {}
+        num_copied = 0
+        while self._pending_books:
+            num_copied += self._copy(next(iter(self._pending_books)))
+            if num_copied >= SLICE:
+                num_copied = 0
+                yield
+        served = yield from self._accounts.steps()
+        books, self._cut_books = self._cut_books, {}
+        return served, books, gone
+
+    def _row(self, account: str) -> Served | None:
+        if account not in self._totals:
+            return None
+        had = self._served(account)
+        return had.num_input, had.num_cached, had.num_output, had.service, self._weight(client_of(account))
+
+    def _book(self, key: BookKey) -> _Book:
+        return self._clusters[key] if key in self._clusters else self._books[key]
+
+    def _before_book(self, key: BookKey) -> None:
+        """The book is about to change, or to go."""
+        if self._accounts is not None:
+            if key in self._pending_books:
+                self._copy(key)
+            self._changed_books.add(key)
+
+    def _copy(self, key: BookKey) -> int:
+        book = self._pending_books.pop(key)
+        book.unkept = {}
+        self._cut_books[key] = (book.seq, dict(book.totals))
+        return len(book.totals) + 1
 
     def _add(self, account: str, difference: Totals) -> None:
         total = self._totals.get(account)
@@ -93,29 +222,32 @@ class Ledger:
     def dump(self) -> dict[str, Any]:
         """Plain values for a snapshot."""
         return {
-            "totals": {account: _row(totals) for account, totals in self._totals.items()},
+            "totals": {account: self._served(account).row() for account in self._totals},
             "books": [
-                [replica, incarnation, book.seq, {account: _row(totals) for account, totals in book.totals.items()}]
-                for (replica, incarnation), book in self._books.items()
+                [name, incarnation, book.seq, {account: totals.row() for account, totals in book.totals.items()}]
+                for (name, incarnation), book in (*self._books.items(), *self._clusters.items())
             ],
         }
 
     def load(self, data: Mapping[str, Any]) -> None:
         """Take over what :meth:`dump` gave."""
         self._totals, self._with_application, self.whole = {}, {}, Sum()
+        self._books, self._clusters = {}, {}
         for account, row in data["totals"].items():
             self._add(account, Totals(*row))
-        self._books = {
-            (replica, incarnation): _Book(seq, {account: Totals(*row) for account, row in totals.items()})
-            for replica, incarnation, seq, totals in data["books"]
-        }
+        for name, incarnation, seq, totals in data["books"]:
+            book = _Book(seq, {account: Totals(*row) for account, row in totals.items()})
+            if name.startswith(CLUSTER):
+                self._clusters[name, incarnation] = book
+                for account, total in book.totals.items():
+                    self._add(account, total)
+            else:
+                self._books[name, incarnation] = book
 
     def check(self) -> None:
         for client, totals in self._totals.items():
             assert totals.num_input >= totals.num_cached >= 0 and totals.num_output >= 0, (client, totals)
+            had = self._served(client)
+            assert had.num_input >= had.num_cached >= 0 and had.num_output >= 0, (client, had)
         assert self.whole.num_input == sum(totals.num_input for totals in self._totals.values())
         assert self.whole.num_output == sum(totals.num_output for totals in self._totals.values())
-
-
-def _row(totals: Totals | Sum) -> list[float]:
-    return [totals.num_input, totals.num_cached, totals.num_output, totals.service]

@@ -37,6 +37,10 @@ class Totals:
             self.service - other.service,
         )
 
+    def row(self) -> list[float]:
+        """As plain values, in the order of the fields."""
+        return [self.num_input, self.num_cached, self.num_output, self.service]
+
 
 NOTHING = Totals()
 

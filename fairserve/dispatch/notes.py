@@ -73,9 +73,11 @@ class Notes:
 
     # -- the service --------------------------------------------------------------------------------------------------
 
-    def started(self, num_restored: int, now_s: float) -> None:
-        """The authority's process began; ``num_restored``: clients that it knows from a snapshot."""
+    def started(self, num_restored: int, now_s: float, why: str = "") -> None:
+        """The authority's process began; ``num_restored``: clients that it knows from a snapshot; ``why`` it knows
+        none although there may be one."""
         restored = f"with {num_restored:,} clients restored" if num_restored else "with nothing restored"
+        restored += f" ({why})" if why else ""
         self.events.note("started", now_s, "The counter actor began, {}.", restored)
 
     def changed(self, who: str, what: str, now_s: float, client: str | None = None) -> None:

@@ -41,6 +41,7 @@ class Weights:
     def carry(self, client: str, weight: float) -> None:
         """A request, a report or a snapshot says the client's weight; makes the client known."""
         if self._controls.of(client).weight is not None:
+            self._queue.touch(client)
             self._carried[client] = weight
             weight = self._controls.weight(client, weight)
         self._put(client, weight)
@@ -49,6 +50,7 @@ class Weights:
         """The client's live weight may have been set, changed or taken back; makes the client known."""
         carried = self.carried(client)
         live = self._controls.of(client).weight
+        self._queue.touch(client)
         if live is None:
             self._carried.pop(client, None)
         else:

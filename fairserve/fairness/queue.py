@@ -4,7 +4,7 @@ queue are each one of these."""
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import Generic, TypeVar
 
@@ -123,6 +123,7 @@ class FairQueue(Generic[Item]):
         self._groups: dict[str, Siblings] = {TOP: Siblings(self)}
         self._under_way: set[str] = set()
         self._moved: set[str] | None = None
+        self._before: Callable[[tuple[str, ...]], None] | None = None
 
     # -- questions ------------------------------------------------------------------------------------------------
 
@@ -216,6 +217,16 @@ class FairQueue(Generic[Item]):
             self._moved = set(self.table)
         return self._moved
 
+    def tell_before(self, told: Callable[[tuple[str, ...]], None]) -> None:
+        """From now on ``told`` is called with nodes whose counter or weight, or who goes next or left last among whose
+        members, is about to change; the top need not be named."""
+        self._before = told
+
+    def touch(self, client: str) -> None:
+        """Something that is kept with the client's counter is about to change."""
+        if self._before is not None:
+            self._before(path_of(client))
+
     # -- events ---------------------------------------------------------------------------------------------------
 
     def register(self, client: str, weight: float = 1.0) -> None:
@@ -224,6 +235,7 @@ class FairQueue(Generic[Item]):
         Raises:
             ValueError: when ``weight`` is not a positive, finite number.
         """
+        self.touch(client)
         for node in path_of(client):
             if not is_group(node):
                 self.table.register(node, weight)
@@ -238,6 +250,7 @@ class FairQueue(Generic[Item]):
         """
         if client not in self.table:
             self.register(client)
+        self.touch(client)
         rise = 0.0
         for node in path_of(client):
             if lift and not self.is_waiting(node):
@@ -254,12 +267,14 @@ class FairQueue(Generic[Item]):
         """Take out what :meth:`peek` names. There must be one."""
         client = self.least_served()
         assert client is not None, "pop from an empty queue"
+        self.touch(client)
         item = self._backlog.pop(client)
         self.picked(client)
         return item
 
     def take(self, client: str, request_id: str) -> Item:
         """Take out one of :meth:`front`: it was picked."""
+        self.touch(client)
         item = self._backlog.remove(request_id)
         assert item is not None, f"{request_id} does not wait"
         self.picked(client)
@@ -276,6 +291,7 @@ class FairQueue(Generic[Item]):
         client = self._backlog.client_of(request_id)
         if client is None:
             return None
+        self.touch(client)
         item = self._backlog.remove(request_id)
         self._reorder(client)
         return item
@@ -283,6 +299,8 @@ class FairQueue(Generic[Item]):
     def charge(self, client: str, service: float, rates: Amounts | None = None) -> None:
         """Add ``service`` (negative gives back) times ``rates`` to the counters along the path."""
         path, table = path_of(client), self.table
+        if self._before is not None:
+            self._before(path)
         if self._moved is not None:
             self._moved.update(path)
         if rates is None:
@@ -297,6 +315,8 @@ class FairQueue(Generic[Item]):
 
     def set_counter(self, node: str, counter: float) -> None:
         """Of a client or a group."""
+        if self._before is not None:
+            self._before((node, group_of(node)))
         self.table.set(node, counter)
         if self._moved is not None:
             self._moved.add(node)
@@ -305,6 +325,7 @@ class FairQueue(Generic[Item]):
 
     def set_under_way(self, client: str, is_under_way: bool) -> None:
         """The client has (no longer) an interaction that has begun and is not over."""
+        self.touch(client)
         (self._under_way.add if is_under_way else self._under_way.discard)(client)
         self._reorder(client)
 

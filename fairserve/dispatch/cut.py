@@ -1,0 +1,143 @@
+"""A cut through the authority at one moment, taken in slices between which it goes on deciding.
+
+What is kept is rows: of nodes (counters), of accounts (what this cluster's replicas served) and of books (what each
+incarnation reported). They must all be of the same moment, or a restart would charge tokens twice (a counter that
+knows of a report beside a book that does not) or drop them. A row that is about to change while it still has to be
+read is therefore read first (copy on write), and only rows that changed since the last cut are read at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from fairserve.dispatch.messages import Totals
+from fairserve.fairness.hierarchy import TOP, is_group
+from fairserve.fairness.queue import FairQueue
+
+if TYPE_CHECKING:
+    from fairserve.dispatch.ledger import Ledger
+    from fairserve.dispatch.watch import Watch
+    from fairserve.dispatch.weights import Weights
+
+SNAPSHOT_VERSION = 2
+SLICE = 500
+"""Rows read in one go: well below a millisecond."""
+
+Key = TypeVar("Key", bound=Hashable)
+Row = TypeVar("Row")
+BookKey = tuple[str, int]
+"""A replica (or another cluster) and its incarnation."""
+Node = tuple[float, float, str | None]
+"""Counter without provisional charges; weight that requests carry; of a group, the member whose counter
+newcomers are lifted to."""
+Served = tuple[int, int, int, float, float]
+"""Input, cached and output tokens, service; then the weight of the account's client."""
+
+
+class Changes(Generic[Key, Row]):
+    """Which rows of one kind changed since the last cut, and those of a cut that are still to be read."""
+
+    def __init__(self, read: Callable[[Key], Row | None]) -> None:
+        self._read = read
+        self._changed: set[Key] = set()
+        self._pending: set[Key] = set()
+        self._rows: dict[Key, Row] = {}
+
+    def before(self, keys: Iterable[Key]) -> None:
+        """The rows of these are about to change."""
+        self.before_unkept(keys)
+        self._changed.update(keys)
+
+    def before_unkept(self, keys: Iterable[Key]) -> None:
+        """The same, by something that the next cut need not tell."""
+        if self._pending and not self._pending.isdisjoint(keys):
+            for key in self._pending.intersection(keys):
+                self._pending.discard(key)
+                self._take(key)
+
+    def begin(self, every: Iterable[Key] | None) -> None:
+        """A cut is taken now: of what changed since the last one, or of ``every`` row."""
+        self._pending, self._changed = self._changed if every is None else set(every), set()
+        self._rows = {}
+
+    def steps(self) -> Generator[None, None, dict[Key, Row]]:
+        """Read what is left of the cut; returns its rows."""
+        while self._pending:
+            for _ in range(min(SLICE, len(self._pending))):
+                self._take(self._pending.pop())
+            yield
+        rows, self._rows = self._rows, {}
+        return rows
+
+    def _take(self, key: Key) -> None:
+        row = self._read(key)
+        if row is not None:
+            self._rows[key] = row
+
+
+@dataclass(slots=True)
+class Cut:
+    """Rows of one moment: all, or those that changed since the cut before. Nobody writes it once it is returned."""
+
+    is_whole: bool
+    nodes: dict[str, Node] = field(default_factory=dict)
+    served: dict[str, Served] = field(default_factory=dict)
+    """By account, what this cluster's own replicas have served; what other clusters can merge."""
+    books: dict[BookKey, tuple[int, Mapping[str, Totals]]] = field(default_factory=dict)
+    """Newest sequence number, and totals by account."""
+    gone: list[BookKey] = field(default_factory=list)
+    """Books that are no more."""
+
+    def snapshot(self) -> dict[str, Any]:
+        """Of a whole cut: as ``Dispatcher.dump``."""
+        assert self.is_whole
+        return {
+            "version": SNAPSHOT_VERSION,
+            "counters": {node: list(row[:2]) for node, row in self.nodes.items() if node != TOP},
+            "last_to_leave": {node: row[2] for node, row in self.nodes.items() if node == TOP or is_group(node)},
+            "ledger": {
+                "totals": {account: list(row[:4]) for account, row in self.served.items()},
+                "books": [
+                    [name, incarnation, seq, {account: total.row() for account, total in totals.items()}]
+                    for (name, incarnation), (seq, totals) in self.books.items()
+                ],
+            },
+        }
+
+
+class Cutter:
+    """Takes cuts of one dispatcher's counters and ledger. Nothing is watched before the first."""
+
+    def __init__(self, queue: FairQueue[Any], watch: Watch, weights: Weights, ledger: Ledger) -> None:
+        self._queue = queue
+        self._watch = watch
+        self._weights = weights
+        self._ledger = ledger
+        self._nodes: Changes[str, Node] | None = None
+
+    def steps(self, *, is_whole: bool) -> Generator[None, None, Cut]:
+        """The moment of the cut is the first step; each step takes less than a millisecond or so. The next cut tells
+        what changed since this moment, unless this one was given up: then it must be whole. One at a time."""
+        if self._nodes is None:
+            self._nodes, is_whole = Changes(self._node), True
+            self._queue.tell_before(self._nodes.before)
+        nodes, ledger = self._nodes, self._ledger
+        cut = Cut(is_whole)
+        nodes.before((TOP,))
+        nodes.begin((*self._queue.table, TOP) if is_whole else None)
+        nodes.before_unkept((TOP,))  # everything moves it: read now
+        reading = ledger.cut(self._weights.carried, is_whole=is_whole)
+        cut.served, cut.books, cut.gone = yield from reading
+        cut.nodes = yield from nodes.steps()
+        return cut
+
+    def _node(self, node: str) -> Node | None:
+        queue = self._queue
+        if node not in queue.table and node != TOP:
+            return None
+        siblings = queue.groups.get(node)
+        # The next life begins with nobody waiting: the lift's reference is then whoever is least served now.
+        last = None if siblings is None else siblings.least_served() or siblings.last_to_leave
+        return queue.counter(node) - self._watch.unserved.get(node, 0.0), self._weights.carried(node), last
