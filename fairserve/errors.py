@@ -27,7 +27,8 @@
     +-- ChangeNotKept               a live change could be kept nowhere, so it was not made (HTTP 503)
     +-- CounterUnreachable          the counter actor is not there, or did not answer in time (HTTP 503)
     +-- GrafanaFailed               Grafana refused, is not there, or does not hold the newest dashboards
-    +-- ReplicaFailed               the replica died or its engine failed (HTTP 503)
+    +-- ReplicaFailed               the replica's engine failed (HTTP 503)
+        +-- ReplicaDied             the replica, or its engine, is gone: it serves nobody any more
 
 Every error carries its numbers as attributes and survives pickling, because it may cross processes.
 """
@@ -275,3 +276,7 @@ class ReplicaFailed(FairServeError):
 
     def __init__(self, detail: str) -> None:
         super().__init__(detail=detail)
+
+
+class ReplicaDied(ReplicaFailed):
+    message = "the replica that served this request died: {detail}"

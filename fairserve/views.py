@@ -67,7 +67,8 @@ class ReplicaView(View):
 
     name: str
     state: Literal["live", "stale", "draining"]
-    """stale: no report for ``dispatch.replica_stale_s``. draining: it offers no room and will end."""
+    """stale: no report for ``dispatch.replica_stale_s``. draining: it is being stopped: it
+    finishes what it runs and is granted nothing more."""
     report_age_s: float
     running: int
     waiting: int
@@ -93,6 +94,7 @@ EventKind = Literal[
     "started",  # the counter actor began; text says with what it restored
     "joined",  # a replica's first report
     "lost",  # a replica is gone, or a router
+    "draining",  # a replica is being stopped, or has finished what it had
     "lifted",  # an idle client came back and was raised to the level
     "throttled",  # an interaction was refused under overload
     "refused",  # a request was refused for another reason

@@ -220,6 +220,23 @@ class RouterClient:
         self._book.decline(grant, is_unreachable=is_unreachable)
         self._news.set()
 
+    def forget(self, request_id: str) -> None:
+        """Whatever was planned for this request is void: another one takes its place."""
+        self._book.forget(request_id)
+        self._news.set()
+
+    def replica_gone(self, replica: str) -> None:
+        """The replica's process has ended: what it was charged and did not serve returns at once."""
+        self._book.gone(replica)
+        self._start()
+        self._news.set()
+
+    def replica_draining(self, replica: str) -> None:
+        """The replica is being stopped: nothing more is granted to it, and it gives back what it has not begun."""
+        self._book.draining(replica)
+        self._start()
+        self._news.set()
+
     async def close(self) -> None:
         for task in self._tasks:
             task.cancel()

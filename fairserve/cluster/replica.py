@@ -24,7 +24,7 @@ from fairserve.config import FairServeArgs
 from fairserve.dispatch.replica_book import BookEvents, LocalBook, Reporter
 from fairserve.engine.events import Limits, StepEvents
 from fairserve.engine.request import GenerateRequest, RequestOutput, Usage
-from fairserve.errors import ReplicaFailed
+from fairserve.errors import ReplicaDied, ReplicaFailed
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,8 @@ class ReplicaCore:
         self._return_at_s: dict[str, float] = {}
         """Requests that came without a grant and have not started: when to give each back."""
         self._returning: set[str] = set()
+        self._is_draining = False
+        """Serve stops this replica, or its engine has ended: it begins nothing more."""
         self._is_leaving = False
         self._newest = StepEvents(free_kv_tokens=limits.kv_capacity_tokens, free_slots=limits.max_num_seqs)
         self._news = asyncio.Event()
@@ -101,12 +103,17 @@ class ReplicaCore:
 
         Without ``waited_s`` it comes without a grant, from a router that cannot reach the counter actor. If it has not
         started by the time the actor answers here again, its only output says ``returned``, for the cluster's queue to
-        have it: the time that it is kept doubles with ``num_returns``.
+        have it: the time that it is kept doubles with ``num_returns``. A draining replica gives back at once what it
+        has not begun. An output without tokens and without a finish reason says that the request has started.
 
         Raises:
-            ReplicaFailed: the engine failed this request, or has ended, or has a request of this id already.
+            ReplicaFailed: the engine failed this request, or has a request of this id already.
+            ReplicaDied: the engine has ended.
         """
         request_id = request.request_id
+        if self._is_draining and self.is_healthy:
+            yield RequestOutput(request_id, "", (), Usage(0, 0, 0), finish_reason="returned")
+            return
         if request_id in self._clients:  # a second try of Serve's, whose first one got here after all
             raise ReplicaFailed(f"it has request {request_id!r} already")
         self._engine_loop.submit(request)
@@ -124,7 +131,8 @@ class ReplicaCore:
                     spans.saw(output)
                     reason = output.finish_reason or reason
                 if output.finish_reason == "error":
-                    raise ReplicaFailed(output.error or "the engine failed")
+                    is_gone = self._is_leaving or not self.is_healthy
+                    raise (ReplicaDied if is_gone else ReplicaFailed)(output.error or "the engine failed")
                 yield output
         finally:
             del self._streams[request_id]
@@ -166,8 +174,11 @@ class ReplicaCore:
         self._newest = events
         self._metrics.took(events)
         self._reporter.add(book)
+        has_output = {output.request_id for output in events.outputs}
         for request_id in book.started:
             self._return_at_s.pop(request_id, None)
+            if request_id in self._streams and request_id not in has_output:  # a long prompt takes several steps
+                self._streams[request_id].put(RequestOutput(request_id, "", (), Usage(0, 0, 0)))
         for output in events.outputs:
             if output.finish_reason is not None:
                 self._count(output)
@@ -185,8 +196,20 @@ class ReplicaCore:
         """Ungranted requests that have waited here long enough: the cluster's queue is fairer than ours, and as long as
         they stand here the replica looks full to it."""
         now_s = self._clock.now_s()
-        for request_id in [r for r, at_s in self._return_at_s.items() if at_s <= now_s]:
-            del self._return_at_s[request_id]
+        self._return([request_id for request_id, at_s in self._return_at_s.items() if at_s <= now_s])
+
+    def _drain(self) -> None:
+        """Finish what runs; what only waits here is sooner served elsewhere."""
+        logger.info("replica %s drains: %d requests are here", self._name, len(self._streams))
+        self._is_draining = True
+        self._news.set()
+        with contextlib.suppress(ReplicaFailed):  # stopped meanwhile
+            self._return(list(self._streams))
+
+    def _return(self, request_ids: list[str]) -> None:
+        """Give these back, those that have not begun by the time that the engine looks."""
+        for request_id in request_ids:
+            self._return_at_s.pop(request_id, None)
             self._returning.add(request_id)
             self._engine_loop.abort(request_id, only_if=partial(self._book.is_unserved, request_id))
 
@@ -204,8 +227,11 @@ class ReplicaCore:
                 await self._news.wait()
         self._news.clear()
         self._metrics.export(self._newest, self._clock.now_s())
-        if not self.is_healthy:  # no reports: what is silent is granted nothing
+        if not self.is_healthy:
             self._fail_all()
+            if not self._is_draining:  # one last report; what is silent then is granted nothing either
+                self._is_draining = True
+                await self._report()
         elif await self._report():
             self._give_back()
         else:
@@ -225,6 +251,7 @@ class ReplicaCore:
             max_slots=self.limits.max_num_seqs,
             num_running=newest.num_running,
             num_waiting=newest.num_waiting,
+            is_draining=self._is_draining or self._is_leaving,
         )
         self._metrics.reported()
         reply = await self._link.call(lambda: self._transport.report(report))
@@ -237,6 +264,8 @@ class ReplicaCore:
                 self._engine_loop.call(lambda: self._book.apply_counters(reply.counters, reported))
         if self._reporter.has_news:
             self._news.set()
+        if reply.is_draining and not self._is_draining:
+            self._drain()
         return True
 
 
@@ -279,8 +308,10 @@ class ModelReplica:
         waited_s: float | None = None,
         num_returns: int = 0,
         first_sent_s: float | None = None,
+        replaces: str | None = None,
     ) -> AsyncIterator[RequestOutput]:
-        """See :meth:`ReplicaCore.generate`; ``first_sent_s`` is for the router."""
+        """See :meth:`ReplicaCore.generate`; ``first_sent_s`` and ``replaces``, the id under which an earlier replica
+        had the request, are for the router."""
         async for output in self._core.generate(request, waited_s, num_returns):
             yield output
 

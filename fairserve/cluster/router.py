@@ -52,8 +52,18 @@ class FairRouter(RequestRouter):
         """Every replica there ever was, so that one that is gone is not waited for."""
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        """Serve's news. A replica that Serve stops leaves this list while it still finishes what it runs."""
+        before = set(self._replicas)
         super().update_replicas(replicas)
         self._by_name |= {replica_id.unique_id: replica_id for replica_id in self._replicas}
+        for replica_id in before - set(self._replicas):
+            self._client.replica_draining(replica_id.unique_id)
+
+    def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
+        """Serve's news, told for every request that the replica had."""
+        if replica_id in self._replicas:
+            self._client.replica_gone(replica_id.unique_id)
+        super().on_replica_actor_died(replica_id)
 
     async def _choose_replica_for_request(
         self, pending_request: PendingRequest, *, is_retry: bool = False
@@ -81,7 +91,10 @@ class FairRouter(RequestRouter):
             prefix=self._prefix(request),
         )
         arrived_s = pending_request.kwargs.get("first_sent_s", pending_request.created_at)
-        if is_retry or pending_request.kwargs.get("num_returns"):  # it was accepted before: its place is kept
+        replaces = pending_request.kwargs.get("replaces")
+        if replaces and not is_retry:
+            self._client.forget(replaces)
+        if is_retry or replaces:  # it was accepted before: its place is kept
             submit = replace(submit, is_retry=True, waited_s=time.time() - arrived_s)
         void = vars(pending_request).pop("fairserve_grant", None)
         if void is not None:  # Serve could not hand it to that replica
@@ -99,10 +112,23 @@ class FairRouter(RequestRouter):
                 raise
             if replica is not None:
                 pending_request.fairserve_grant = grant
+                self._give_back_if_cancelled(grant)
                 pending_request.kwargs["waited_s"] = grant.waited_s
                 return replica
             self._client.decline(grant)
             submit = replace(submit, is_retry=True, waited_s=time.time() - arrived_s)
+
+    def _give_back_if_cancelled(self, grant: Any) -> None:
+        """Serve's task that asks for a replica also sends the request there. If its caller leaves in between, no
+        replica ever confirms the grant, and nobody else would miss it before ``lease_s``."""
+
+        def ended(task: asyncio.Task[Any]) -> None:
+            if task.cancelled():
+                self._client.decline(grant, is_unreachable=False)
+
+        task = asyncio.current_task()
+        if task is not None:
+            task.add_done_callback(ended)
 
     def _prefix(self, request: Any) -> tuple[int, ...]:
         from fairserve.dispatch.prefixes import prefix_hashes

@@ -26,6 +26,8 @@ class ReplicaRoom:
     num_running: int = 0
     num_waiting: int = 0
     suspended_until_s: float = 0.0
+    is_draining: bool = False
+    """It is being stopped, and granted nothing more."""
     unconfirmed: dict[str, int] = field(default_factory=dict)
     """request id -> KV tokens reserved for it."""
     reserved_tokens: int = 0
@@ -52,7 +54,7 @@ class ReplicaRoom:
 
 
 class Capacity:
-    """Room on all replicas. Questions change no answer; report, reserve, release, suspend and forget act.
+    """Room on all replicas. Questions change no answer; report, reserve, release, suspend, drain and forget act.
 
     The best replica is found in O(log replicas): two heaps, of replicas with a free running slot and of all with
     lookahead, by free KV tokens, with one entry that counts for each replica. Its numbers may be earlier, better ones:
@@ -97,7 +99,8 @@ class Capacity:
         return has_room and self.is_alive(room, now_s)
 
     def is_alive(self, room: ReplicaRoom, now_s: float) -> bool:
-        return now_s - room.heard_s <= self._stale_s and now_s >= room.suspended_until_s
+        is_silent = now_s - room.heard_s > self._stale_s
+        return not (is_silent or room.is_draining or now_s < room.suspended_until_s)
 
     def best_for(self, need_tokens: int, now_s: float) -> ReplicaRoom | None:
         """Among the replicas that can hold it: one with a free running slot before one that would only queue it,
@@ -199,6 +202,10 @@ class Capacity:
         """Grant it nothing until then: a router could not reach it."""
         if replica in self._rooms:
             self._rooms[replica].suspended_until_s = until_s
+
+    def drain(self, replica: str) -> None:
+        """Grant it nothing for the rest of its life: it is being stopped."""
+        self._rooms[replica].is_draining = True
 
     def forget(self, replica: str) -> None:
         if self._rooms.pop(replica, None) is not None:

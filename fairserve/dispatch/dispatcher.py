@@ -106,6 +106,8 @@ class Dispatcher:
         self._sessions: dict[str, RouterSession] = {}
         self._to_wake: set[str] = set()
         self._knows_the_past = False
+        self._gone: dict[str, float] = {}
+        """Replicas that a router knows to have ended -> until when a report of theirs may only be a late one."""
         self.num_lifts = 0
         self.num_sent = 0
         """Grants and late refusals: each takes the next number."""
@@ -151,6 +153,10 @@ class Dispatcher:
         if not session.is_repeat(call):
             session.last_seq = call.seq
             session.is_complete = session.is_complete or call.is_full
+            for replica in call.gone:
+                self._bury(replica, now_s)
+            for replica in call.draining:
+                self._drain(replica, now_s)
             for replica in call.unreachable:
                 self.capacity.suspend(replica, now_s + UNREACHABLE_PAUSE_S)
             for request_id in call.cancels:
@@ -255,14 +261,17 @@ class Dispatcher:
         added = self.ledger.merge(report, as_baseline=is_old_acquaintance and not self._knows_the_past)
         if added is not None:
             self._merge(report, added, now_s)
+            if report.is_draining:
+                self._drain(report.replica, now_s)
             self.dispatch(now_s)
-        table = self.queue.table
+        table, room = self.queue.table, self.capacity.get(report.replica)
         clients = {*map(client_of, report.totals), *report.clients}
         return ReportReply(
             epoch=self.epoch,
             ack=self.ledger.ack(report.replica, report.incarnation),
             counters={node: table.counter(node) for client in clients if client in table for node in path_of(client)},
             need_full=not report.is_full and report.epoch not in (0, self.epoch),
+            is_draining=room is not None and room.is_draining,
         )
 
     def _merge(self, report: StepReport, added: Mapping[str, Totals], now_s: float) -> None:
@@ -273,7 +282,9 @@ class Dispatcher:
         levels = watch.levels(self._clients_of(report) | given_back)
         room = self.capacity.get(report.replica)
         is_current = room is None or room.incarnation <= report.incarnation
-        if room is None:
+        if room is None and self._gone.get(report.replica, now_s) > now_s:
+            is_current = False  # its last words: they count, and offer no room
+        elif room is None:
             notes.joined(report.replica, now_s)
         elif room.incarnation < report.incarnation:
             self._lose_replica(report.replica, now_s)
@@ -544,11 +555,14 @@ class Dispatcher:
         for session in [s for s in self._sessions.values() if now_s - s.heard_s > limits.router_dead_s]:
             self.notes.lost_router(session.router, now_s - session.heard_s, now_s)
             self._end_session(session, now_s)
-        for room in [r for r in self.capacity if now_s - r.heard_s > limits.replica_dead_s]:
-            self.notes.lost_replica(room.name, now_s - room.heard_s, now_s)
-            self._lose_replica(room.name, now_s)
-            self.capacity.forget(room.name)
-            self.watch.lost_replica(room.name)
+        for room in [r for r in self.capacity if now_s - r.heard_s > limits.replica_stale_s]:
+            if room.is_draining and not self.leases.on(room.name):
+                self.notes.drained(room.name, now_s)
+                self._forget_replica(room.name, now_s)
+            elif now_s - room.heard_s > limits.replica_dead_s:
+                self.notes.lost_replica(room.name, now_s - room.heard_s, now_s)
+                self._forget_replica(room.name, now_s)
+        self._gone = {replica: until_s for replica, until_s in self._gone.items() if until_s > now_s}
         while (request_id := self.leases.first_lapsed(now_s)) is not None:
             self.num_lapsed += 1
             lease = self.leases.get(request_id)
@@ -578,18 +592,49 @@ class Dispatcher:
             self.notes.entered(waiting.submit.client, rise, now_s)
             self.watch.observe_one(waiting.submit.client)
 
-    def _lose_replica(self, replica: str, now_s: float) -> None:
+    def _lose_replica(self, replica: str, now_s: float, *, routers_know: bool = False) -> None:
         """It died or began anew: what it never confirmed waits again; the rest is over, the router will say more.
-        What its cache held is gone, too."""
+        What its cache held is gone, too. ``routers_know``: they notice with every request that they sent there, so
+        only grants that no router has taken yet wait again."""
         self._placement.forget(replica)
         for request_id in self.leases.on(replica):
             lease = self.leases.get(request_id)
             assert lease is not None
-            if lease.confirmed:
+            if lease.confirmed or (routers_know and not self._is_in_outbox(request_id, lease)):
                 self._drop(request_id, now_s)
             else:
                 self._requeue(request_id, now_s)
         self.leases.lost_replica(replica)
+
+    def _forget_replica(self, replica: str, now_s: float, *, routers_know: bool = False) -> None:
+        self._lose_replica(replica, now_s, routers_know=routers_know)
+        self.capacity.forget(replica)
+        self.watch.lost_replica(replica)
+
+    def _bury(self, replica: str, now_s: float) -> None:
+        """Its process has ended: unserved charges return at once, not after ``replica_dead_s`` of silence."""
+        self._gone[replica] = now_s + self.limits.replica_stale_s
+        if self.capacity.get(replica) is not None:
+            self.notes.died(replica, now_s)
+            self._forget_replica(replica, now_s, routers_know=True)
+
+    def _drain(self, replica: str, now_s: float) -> None:
+        """It is being stopped: grants that no router has taken yet wait again; what it has not begun it gives back."""
+        room = self.capacity.get(replica)
+        if room is None or room.is_draining:
+            return
+        self.capacity.drain(replica)
+        self.notes.draining(replica, now_s)
+        self._placement.forget(replica)
+        for request_id in self.leases.on(replica):
+            lease = self.leases.get(request_id)
+            assert lease is not None
+            if not lease.confirmed and self._is_in_outbox(request_id, lease):
+                self._requeue(request_id, now_s)
+
+    def _is_in_outbox(self, request_id: str, lease: Lease) -> bool:
+        session = self._sessions.get(lease.waiting.router)
+        return session is not None and request_id in session.outbox
 
     def _end_session(self, session: RouterSession, now_s: float) -> None:
         del self._sessions[session.router]

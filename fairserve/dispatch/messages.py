@@ -114,6 +114,10 @@ class RouterCall:
     """Grants that were not used (nobody waits for them any more, or the replica is gone); their charge returns."""
     unreachable: tuple[str, ...] = ()
     """Replicas that were granted to but that this router cannot reach."""
+    gone: tuple[str, ...] = ()
+    """Replicas whose process has ended, as the cluster says."""
+    draining: tuple[str, ...] = ()
+    """Replicas that the cluster sends no new request to any more: they stop, and finish what they run."""
     is_full: bool = False
     """``submits`` holds every request that waits at the router."""
     grants_ack: int = 0
@@ -162,6 +166,8 @@ class StepReport:
     """Clients with a request on the replica: the reply carries their counters."""
     num_running: int = 0
     num_waiting: int = 0
+    is_draining: bool = False
+    """The replica stops: it finishes what it runs, gives back what it has not begun, and is granted nothing more."""
     weights: Mapping[str, float] = field(default_factory=dict)
     """Weight of each client in ``totals``, for an actor that has never seen the client."""
     outputs: Mapping[str, int] = field(default_factory=dict)
@@ -180,3 +186,5 @@ class ReportReply:
     """Counters, after the merge, of the clients that the report names, and of the groups that they belong to."""
     need_full: bool = False
     """The actor does not know this incarnation (restart): send a full report."""
+    is_draining: bool = False
+    """The replica is being stopped, as a router heard: it is granted nothing more."""

@@ -68,6 +68,15 @@ class Notes:
     def lost_replica(self, replica: str, silent_s: float, now_s: float) -> None:
         self.events.note("lost", now_s, LOST_REPLICA, replica, silent_s, replica=replica)
 
+    def died(self, replica: str, now_s: float) -> None:
+        self.events.note("lost", now_s, "Replica {} has died: what it ran is lost.", replica, replica=replica)
+
+    def draining(self, replica: str, now_s: float) -> None:
+        self.events.note("draining", now_s, DRAINING, replica, replica=replica)
+
+    def drained(self, replica: str, now_s: float) -> None:
+        self.events.note("draining", now_s, "Replica {} has finished what it had, and ended.", replica, replica=replica)
+
     def lost_router(self, router: str, silent_s: float, now_s: float) -> None:
         self.events.note("lost", now_s, LOST_ROUTER, router, silent_s)
 
@@ -96,6 +105,7 @@ LIFTED = "{} had nothing to do until now: raised by {:,.0f} to the level of thos
 PREEMPTED = "Replica {} is full: somebody gives way there for {}."
 LAPSED = "Replica {} never confirmed a request of {}: it waits again, its charge returned."
 LOST_REPLICA = "Replica {} has been silent for {:.0f} s: what it was granted is taken back."
+DRAINING = "Replica {} is being stopped: it finishes what it runs and is granted nothing more."
 LOST_ROUTER = "Router {} has been silent for {:.0f} s: its waiting requests are dropped."
 
 

@@ -146,9 +146,10 @@ def overview(moment: Moment, top: int) -> Generator[None, None, Values]:
 def replica_view(moment: Moment, room: ReplicaRoom) -> Values:
     """As ``views.ReplicaView``."""
     dispatcher, age_s = moment.dispatcher, moment.now_s - room.heard_s
+    state = "draining" if room.is_draining else "stale" if age_s > dispatcher.limits.replica_stale_s else "live"
     return {
         "name": room.name,
-        "state": "stale" if age_s > dispatcher.limits.replica_stale_s else "live",
+        "state": state,
         "report_age_s": age_s,
         "running": room.num_running,
         "waiting": room.num_waiting,

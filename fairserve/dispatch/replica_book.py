@@ -299,6 +299,7 @@ class Reporter:
         max_slots: int,
         num_running: int = 0,
         num_waiting: int = 0,
+        is_draining: bool = False,
     ) -> StepReport:
         """The next report; also what was in one whose reply never came."""
         if self._in_flight is not None:
@@ -326,6 +327,7 @@ class Reporter:
             clients=self._clients,
             num_running=num_running,
             num_waiting=num_waiting,
+            is_draining=is_draining,
             weights={client: self._weights.get(client, 1.0) for client in clients},
             outputs=self._in_flight.outputs,
         )

@@ -37,6 +37,8 @@ class RouterBook:
         self._cancels: dict[str, None] = {}
         self._declined: dict[str, None] = {}
         self._unreachable: dict[str, None] = {}
+        self._gone: dict[str, None] = {}
+        self._draining: dict[str, None] = {}
         self._in_flight: RouterCall | None = None
         self._resubmit_due = False
         self.num_epochs = 0
@@ -52,6 +54,8 @@ class RouterBook:
             or self._cancels
             or self._declined
             or self._unreachable
+            or self._gone
+            or self._draining
             or self._resubmit_due
             or self._in_flight is not None
         )
@@ -85,6 +89,14 @@ class RouterBook:
         if is_unreachable:
             self._unreachable[grant.replica] = None
 
+    def gone(self, replica: str) -> None:
+        """The replica's process has ended."""
+        self._gone[replica] = None
+
+    def draining(self, replica: str) -> None:
+        """The replica is being stopped."""
+        self._draining[replica] = None
+
     # -- calls --------------------------------------------------------------------------------------------------------
 
     def compose(self, now_s: float) -> RouterCall:
@@ -109,10 +121,13 @@ class RouterBook:
             cancels=tuple(self._cancels),
             declined=tuple(self._declined),
             unreachable=tuple(self._unreachable),
+            gone=tuple(self._gone),
+            draining=tuple(self._draining),
             is_full=is_full,
             grants_ack=self._grants_ack,
         )
         self._to_submit, self._cancels, self._declined, self._unreachable = {}, {}, {}, {}
+        self._gone, self._draining = {}, {}
         return self._in_flight
 
     def compose_poll(self) -> RouterCall:

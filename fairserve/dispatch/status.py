@@ -43,6 +43,7 @@ def status(dispatcher: Dispatcher, now_s: float) -> dict[str, Any]:
                 "running": room.num_running,
                 "waiting": room.num_waiting,
                 "granted_unconfirmed": len(room.unconfirmed),
+                "is_draining": room.is_draining,
             }
             for room in dispatcher.capacity
         },

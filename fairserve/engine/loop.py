@@ -10,7 +10,7 @@ from collections.abc import Callable
 from fairserve.engine.engine import Engine
 from fairserve.engine.events import StepEvents
 from fairserve.engine.request import GenerateRequest
-from fairserve.errors import FairServeError, ReplicaFailed
+from fairserve.errors import FairServeError, ReplicaDied
 
 logger = logging.getLogger(__name__)
 
@@ -47,11 +47,11 @@ class EngineLoop:
         """Run ``fn`` on the engine thread between two steps, in the order of the calls.
 
         Raises:
-            ReplicaFailed: the loop was stopped.
+            ReplicaDied: the loop was stopped.
         """
         with self._wake:
             if self._stopping:
-                raise ReplicaFailed("its engine was stopped")
+                raise ReplicaDied("its engine was stopped")
             self._inbox.append(fn)
             self._wake.notify()
 

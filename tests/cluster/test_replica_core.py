@@ -17,7 +17,7 @@ from fairserve.dispatch.messages import Totals
 from fairserve.dispatch.replica_book import LocalBook
 from fairserve.engine.events import Limits
 from fairserve.engine.request import GenerateRequest, RequestOutput, Usage
-from fairserve.errors import ReplicaFailed
+from fairserve.errors import ReplicaDied, ReplicaFailed
 from fairserve.fairness.catalog import make_policy
 from fairserve.fairness.cost import WeightedTokens
 from tests.cluster.scripted import ScriptedLoop, Wire, until
@@ -157,13 +157,14 @@ async def test_a_dead_engine_fails_its_streams_and_is_granted_nothing(
 ) -> None:
     _, reading = await began(core)
     engine.is_running = False
-    with pytest.raises(ReplicaFailed, match=ENDED):
+    with pytest.raises(ReplicaDied, match=ENDED):
         await reading
+    await until(lambda: wire.reports[-1].is_draining)
     num_reports = len(wire.reports)
     await asyncio.sleep(3 * ARGS.counter.heartbeat_s)
     assert len(wire.reports) == num_reports, "a report with room would draw grants"
     assert not core.is_healthy
-    with pytest.raises(ReplicaFailed, match=ENDED):
+    with pytest.raises(ReplicaDied, match=ENDED):
         await anext(core.generate(request("r2")))
 
 
@@ -256,7 +257,51 @@ async def test_a_request_without_a_grant_is_given_back_unless_it_is_served_alrea
     await asyncio.sleep(2 * ARGS.counter.heartbeat_s)
     assert engine.aborted == ["r2"]
     engine.step(engine.output("r1", "length", tokens=1), engine.output("r3", "length"))
-    assert (await served).finish_reason == (await granted).finish_reason == "length"
+    assert (await served).token_ids == (), "says that it has started"
+    assert (await granted).finish_reason == "length"
+
+
+async def test_a_request_whose_prompt_takes_several_steps_says_that_it_has_started(
+    core: ReplicaCore, engine: ScriptedLoop
+) -> None:
+    stream = core.generate(request(), waited_s=1.5)
+    reading = asyncio.ensure_future(anext(stream))
+    await until(lambda: core.num_streams == 1)
+    engine.step()
+    first = await reading
+    assert (first.token_ids, first.finish_reason, first.waited_s) == ((), None, 1.5)
+    engine.step()
+    engine.step(engine.output("r1", "length", tokens=1))
+    assert [one.token_ids async for one in stream] == [(7,)]
+
+
+async def test_a_draining_replica_finishes_what_runs_and_gives_back_what_does_not(
+    core: ReplicaCore, engine: ScriptedLoop, wire: Wire
+) -> None:
+    await until(lambda: bool(wire.reports))
+    engine.holds.add("r2")
+    running, served = await began(core, "r1")
+    _, waiting = await began(core, "r2")
+    wire.service._dispatcher._drain("replica", wire.service._now_s())  # a router said so
+    await until(lambda: wire.reports[-1].is_draining)
+    assert engine.aborted == ["r2"]
+    engine.step(engine.output("r1", tokens=1), engine.output("r2", "abort"))
+    assert (await waiting).finish_reason == "returned"
+    assert [one.finish_reason async for one in core.generate(request("r3"))] == ["returned"]
+    assert "r3" not in engine.requests
+    engine.step(engine.output("r1", "length", tokens=1))
+    assert (await served).token_ids == (7,)
+    assert [one.finish_reason async for one in running] == ["length"]
+
+
+async def test_a_counter_actor_that_knows_nothing_of_the_drain_hears_of_it(core: ReplicaCore, wire: Wire) -> None:
+    await until(lambda: bool(wire.reports))
+    wire.service._dispatcher._drain("replica", wire.service._now_s())
+    await until(lambda: wire.reports[-1].is_draining)
+    wire.service = CounterService(ARGS.model_dump_json())
+    num_reports = len(wire.reports)
+    await until(lambda: len(wire.reports) > num_reports)
+    assert (await wire.service.status())["replicas"]["replica"]["is_draining"]
 
 
 async def test_stop_fails_what_runs_and_reports_the_last_tokens_and_no_room(

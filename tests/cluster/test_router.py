@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -26,6 +27,8 @@ class ScriptedClient:
     script: list[str | None]
     asked: list[Submit] = field(default_factory=list)
     declined: list[tuple[str, bool]] = field(default_factory=list)
+    told: list[tuple[str, str]] = field(default_factory=list)
+    """What was said of replicas and requests, in order."""
 
     async def acquire(self, submit: Submit) -> Grant | None:
         self.asked.append(submit)
@@ -34,6 +37,15 @@ class ScriptedClient:
 
     def decline(self, grant: Grant, *, is_unreachable: bool = True) -> None:
         self.declined.append((grant.replica, is_unreachable))
+
+    def forget(self, request_id: str) -> None:
+        self.told.append(("forget", request_id))
+
+    def replica_gone(self, replica: str) -> None:
+        self.told.append(("gone", replica))
+
+    def replica_draining(self, replica: str) -> None:
+        self.told.append(("draining", replica))
 
 
 def replica(name: str) -> Any:
@@ -48,6 +60,7 @@ def router_of(client: ScriptedClient, *names: str) -> Any:
     from fairserve.cluster.router import FairRouter
 
     router = FairRouter.__new__(FairRouter)
+    router._replicas = {}
     router._client, router._random, router._by_name = client, random.Random(0), {}
     router._prefix_block_tokens = 0
     router._tracer = NO_TRACING
@@ -159,6 +172,67 @@ async def test_a_retry_gives_the_void_grant_back_once_and_keeps_the_place() -> N
     assert client.declined == [("a", True)]
     assert [submit.is_retry for submit in client.asked] == [False, True, True]
     assert client.asked[1].waited_s == pytest.approx(5, abs=1)
+
+
+async def test_a_replica_that_leaves_serves_list_is_told_once_as_draining() -> None:
+    client = ScriptedClient([])
+    router = router_of(client, "a", "b")
+    set_replicas(router, "b", "c")
+    set_replicas(router, "b", "c")
+    assert client.told == [("draining", "a")]
+
+
+async def test_a_replica_that_died_is_told_once_however_many_requests_notice() -> None:
+    from ray.serve.request_router import RequestRouter
+
+    client = ScriptedClient([])
+    router = router_of(client, "a", "b")
+    (died,) = (one for one in router._replicas if one.unique_id == "a")
+
+    def theirs(self: Any, replica_id: Any) -> None:
+        self._replicas.pop(replica_id, None)
+
+    with mock.patch.object(RequestRouter, "on_replica_actor_died", theirs):
+        for _ in range(3):
+            router.on_replica_actor_died(died)
+        set_replicas(router, "b")
+        assert client.told == [("gone", "a")]
+        set_replicas(router, "a", "b")  # the controller had not noticed
+        router.on_replica_actor_died(died)
+    assert client.told == [("gone", "a"), ("gone", "a")]
+
+
+async def test_a_request_that_an_earlier_replica_had_replaces_it_and_keeps_its_place() -> None:
+    client = ScriptedClient(["a", "a"])
+    request = pending(GenerateRequest("r1~1", "ann", (1, 2, 3)))
+    request.kwargs |= {"replaces": "r1", "first_sent_s": time.time() - 5}
+    router = router_of(client, "a")
+    await router._choose_replica_for_request(request)
+    await router._choose_replica_for_request(request, is_retry=True)
+    assert client.told == [("forget", "r1")]
+    assert client.asked[0].is_retry
+    assert client.asked[0].waited_s == pytest.approx(5, abs=1)
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+async def test_a_caller_that_leaves_before_its_replica_has_the_request_gives_the_grant_back(leaves: bool) -> None:
+    client = ScriptedClient(["a"])
+    router = router_of(client, "a")
+    has_grant, accepted = asyncio.Event(), asyncio.Event()
+
+    async def assign() -> None:
+        """Serve's own: choose, send, wait for the replica to accept."""
+        await router._choose_replica_for_request(pending())
+        has_grant.set()
+        await accepted.wait()
+
+    task = asyncio.create_task(assign())
+    await has_grant.wait()
+    if leaves:
+        task.cancel()
+    accepted.set()
+    await asyncio.gather(task, return_exceptions=True)
+    assert client.declined == ([("a", False)] if leaves else [])
 
 
 async def test_with_no_replica_at_all_requests_wait_for_one() -> None:

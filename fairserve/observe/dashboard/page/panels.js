@@ -9,6 +9,7 @@ const KINDS = {
   started: "restart",
   joined: "joined",
   lost: "lost",
+  draining: "draining",
   lifted: "lift",
   throttled: "throttled",
   refused: "refused",
