@@ -49,7 +49,7 @@ class Ingress:
         from fairserve.engine.loading import load_tokenizer
 
         args = FairServeArgs.model_validate_json(args_json)
-        backend = HandleBackend(model)
+        backend = HandleBackend(model, args.api)
         tokenizer = await asyncio.to_thread(load_tokenizer, args.model, args.engine)
         limits = await backend.limits()
         metrics = deployment_metrics(args.metrics, args.counter.name)

@@ -363,6 +363,15 @@ class ApiConfig(Strict):
     of the context."""
     request_timeout_s: PositiveFloat = 3600.0
     """Seconds that a request, once read and tokenized, may wait and run; then it is cancelled."""
+    retry_on_replica_death: bool = False
+    """Continue a request whose replica died on another one, behind the tokens that its caller already has: a stream
+    pauses, and goes on. Greedy and seeded output are what one replica would have made (as far as two replicas round
+    alike); without a seed, another valid sample. The tokens computed again are charged like cached input
+    (fairness.cost.cached_fraction), and `usage` counts the prompt once. false: such a stream ends with an error event,
+    and a request without a byte sent gets 503. A request that had not started is sent elsewhere in any case."""
+    max_replica_deaths: PositiveInt = 1
+    """Replicas that may die under one request before its caller is told: 1 allows one more try. What kills the replicas
+    that it comes to (a poison request) kills at most one more than this."""
 
     @model_validator(mode="after")
     def _header_and_gateways_together(self) -> ApiConfig:

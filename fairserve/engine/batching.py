@@ -35,6 +35,8 @@ class Sequence:
     num_refunded: int = 0
     num_cached: int = 0
     """Prompt tokens that came from the prefix cache."""
+    num_paid: int = 0
+    """Input tokens that another replica charged: charged like cached ones here, although they are computed."""
     num_input: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -51,7 +53,8 @@ class Sequence:
 
     @property
     def usage(self) -> Usage:
-        return Usage(self.request.num_input - self.num_refunded, self.num_cached, len(self.output))
+        num_cached = max(self.num_cached, self.num_paid)
+        return Usage(self.request.num_input - self.num_refunded, num_cached, len(self.output))
 
     def tokens(self, start: int, end: int) -> tuple[int, ...]:
         """Prompt and output tokens at positions [start, end)."""
@@ -199,7 +202,8 @@ class Batcher:
             self._queue.remove(request_id)
         self._kv.free(request_id)
         if sequence is not None:
-            refund = sequence.request.num_input - sequence.num_input_computed - sequence.num_refunded
+            num_due = max(sequence.num_input_computed, sequence.num_paid)
+            refund = sequence.request.num_input - num_due - sequence.num_refunded
             if refund:
                 sequence.num_refunded += refund
                 self._account.refund_input(request_id, refund)
@@ -304,11 +308,12 @@ class Batcher:
 
     def _start(self, request: GenerateRequest) -> Sequence:
         self._num_started += 1
-        sequence = Sequence(request, age=self._num_started)
+        num_paid = 0 if request.num_generated is None else request.num_input
+        sequence = Sequence(request, age=self._num_started, num_paid=num_paid)
         if self._cached_tokens is not None:  # the last token is computed all the same: its row is sampled
             sequence.num_cached = min(self._cached_tokens(request), request.num_input - 1)
             sequence.num_computed = sequence.num_input_computed = sequence.num_cached
-        self._account.started(request.request_id, request.num_input, sequence.num_cached)
+        self._account.started(request.request_id, request.num_input, max(sequence.num_cached, num_paid))
         return sequence
 
     def _chunk(self, sequence: Sequence, budget: int) -> Chunk:

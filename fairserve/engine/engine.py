@@ -98,7 +98,9 @@ class Engine:
         self._account.received(request)
         try:
             self._check_request(request)
-            text = TextOutput(self._tokenizer, request.prompt_token_ids, request.sampling)
+            text = TextOutput(self._tokenizer, request.prompt_token_ids[: request.num_prompt], request.sampling)
+            for token_id in request.prompt_token_ids[request.num_prompt :]:  # its text is out; the last may be held
+                text.push(token_id)
         except Exception:
             self._account.finished(request_id)
             raise

@@ -56,10 +56,18 @@ class GenerateRequest:
     """Position of the call in its interaction, from 0, as the caller says."""
     trace: str = ""
     """The traceparent that spans of this request belong below; "" where it is not traced."""
+    num_generated: int | None = None
+    """The request goes on from a replica that died: the last so many of ``prompt_token_ids`` are its output until
+    then, and all of them were charged there. None: it begins here."""
 
     @property
     def num_input(self) -> int:
         return len(self.prompt_token_ids)
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens of the caller's own prompt."""
+        return len(self.prompt_token_ids) - (self.num_generated or 0)
 
 
 @dataclass(frozen=True, slots=True)

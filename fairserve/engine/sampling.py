@@ -42,7 +42,10 @@ class _Row:
         self.sorts = p.top_k > 0 or p.top_p < 1.0
         self.plain = self.greedy and not self.repeats and not self.counts_output and p.logprobs is None
         self.prompt = tuple(set(request.prompt_token_ids)) if self.repeats else ()
-        self.output: Counter[int] = Counter()
+        before = request.prompt_token_ids[request.num_prompt :]
+        self.output: Counter[int] = Counter(before)
+        for _ in before:  # each took one number, so that the next is the one that it would have been
+            self.random.random()
 
 
 class Sampler:

@@ -321,6 +321,7 @@ async def test_what_a_replica_gives_back_is_sent_again_in_its_old_place_and_nobo
     assert (await anext(stream)).finish_reason == "stop"
     await stream.aclose()
     assert [values["num_returns"] for values in sent] == [0, 1]
+    assert [values["replaces"] for values in sent] == [None, "r1"]
     assert sent[0]["first_sent_s"] == sent[1]["first_sent_s"]
 
 
