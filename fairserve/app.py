@@ -78,7 +78,7 @@ def build_model(args: FairServeArgs) -> serve.Application:
         name="Model",
         max_ongoing_requests=MAX_ONGOING,
         max_queued_requests=-1,
-        graceful_shutdown_timeout_s=args.max_generation_s,
+        graceful_shutdown_timeout_s=args.drain_s,
         ray_actor_options={"num_cpus": args.num_cpus_per_replica, "num_gpus": args.num_gpus_per_replica},
         logging_config=QUIET,
         request_router_config=RequestRouterConfig(
@@ -125,7 +125,7 @@ def build_ingress(args: FairServeArgs, model: serve.Application | DeploymentHand
         num_replicas=args.num_ingress_replicas,
         max_ongoing_requests=MAX_ONGOING,
         max_queued_requests=-1,
-        graceful_shutdown_timeout_s=args.max_generation_s,
+        graceful_shutdown_timeout_s=args.drain_s,
         ray_actor_options={"num_cpus": 0.1},
         logging_config=QUIET,
     ).bind(with_hashed_keys(args).model_dump_json(), model)

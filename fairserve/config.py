@@ -14,6 +14,9 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
+GOODBYE_S = 15.0
+"""A replica that has nothing left to run may still take this long to end: Serve looks every 2 s, the engine's last step
+may take 10 s, and the last report 1 s."""
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -445,8 +448,9 @@ class FairServeArgs(Strict):
     """Ray CPUs that one model replica reserves."""
     num_gpus_per_replica: NonNegativeFloat = 0.0
     """Ray GPUs that one model replica reserves."""
-    max_generation_s: PositiveFloat = 600.0
-    """Seconds a replica may take to finish its streams when it is stopped (Serve's graceful shutdown)."""
+    max_generation_s: PositiveFloat | None = None
+    """Seconds a replica or an ingress that is stopped (scale-down, redeploy) may take to finish what it runs; what runs
+    longer is cut. null: api.request_timeout_s, and nothing is cut, because no request may take longer."""
     engine: EngineConfig = EngineConfig()
     fairness: FairnessConfig = FairnessConfig()
     dispatch: DispatchConfig = DispatchConfig()
@@ -454,6 +458,11 @@ class FairServeArgs(Strict):
     api: ApiConfig = ApiConfig()
     metrics: MetricsConfig = MetricsConfig()
     tracing: TracingConfig = TracingConfig()
+
+    @property
+    def drain_s(self) -> float:
+        """Serve's graceful shutdown: the longest generation, and time to say goodbye."""
+        return (self.max_generation_s or self.api.request_timeout_s) + GOODBYE_S
 
     @property
     def model_name(self) -> str:
