@@ -12,6 +12,8 @@ from fairserve.dispatch.messages import Totals
 from fairserve.dispatch.store import Snapshot
 
 Answer = TypeVar("Answer")
+Key = TypeVar("Key")
+Row = TypeVar("Row")
 
 
 @dataclass
@@ -25,14 +27,19 @@ class MemoryStore:
             self.nodes, self.served, self.books = {}, {}, {}
         for key in cut.gone:
             self.books.pop(key, None)
-        self.nodes.update(cut.nodes)
-        self.served.update(cut.served)
+        self.nodes = there({**self.nodes, **cut.nodes})
+        self.served = there({**self.served, **cut.served})
         for key, (seq, totals) in cut.books.items():
-            self.books[key] = (seq, {**self.books.get(key, (0, {}))[1], **totals})
+            self.books[key] = (seq, there({**self.books.get(key, (0, {}))[1], **totals}))
 
     def snapshot(self) -> Snapshot:
         books: Mapping[BookKey, Any] = self.books
-        return copy.deepcopy(Cut(True, self.nodes, self.served, dict(books)).snapshot())
+        return copy.deepcopy(Cut(True, {**self.nodes}, {**self.served}, dict(books)).snapshot())
+
+
+def there(rows: Mapping[Key, Row | None]) -> dict[Key, Row]:
+    """Without those that are no more."""
+    return {key: row for key, row in rows.items() if row is not None}
 
 
 def run_to_end(steps: Generator[None, None, Answer]) -> Answer:

@@ -334,6 +334,7 @@ class ToyCluster:
         reported = replica.reporter.replied(reply)
         if reported is not None:
             replica.book.apply_counters(reply.counters, reported)
+            replica.book.close(replica.reporter.idle())
 
     def exchange_router(self, router: RouterBook) -> None:
         for poll in (False, True):

@@ -128,6 +128,7 @@ class ActorMetrics:
         if not self._served:
             self._served[""] = everybody
         left = list(_minus(everybody, self._served[""]))
+        self._served = {name: self._served[name] for name in labelled if name in self._served}  # not the forgotten
         self._served[""] = everybody
         for name, row in labelled.items():
             amounts = _amounts(row)

@@ -124,6 +124,8 @@ class CounterService:
         self._ticking: asyncio.Task[None] | None = None
         self._keeping: asyncio.Task[None] | None = None
         self._saved_s = self._busy_s = self._clock.now_s()
+        self._saved_acks: dict[tuple[str, int], int] = {}
+        """What the snapshot in the store has of each replica's reports."""
 
     # -- the protocol -------------------------------------------------------------------------------------------------
 
@@ -166,7 +168,9 @@ class CounterService:
         """A replica's totals and events; see :meth:`Dispatcher.report`."""
         reply = self._dispatcher.report(report, self._now_s())
         self._wake_routers()
-        return reply
+        if self._keeper.store is None:
+            return reply
+        return replace(reply, saved=min(reply.ack, self._saved_acks.get((report.replica, report.incarnation), 0)))
 
     # -- for people ---------------------------------------------------------------------------------------------------
 
@@ -219,7 +223,9 @@ class CounterService:
         if has_moved:
             async with self._changing:
                 self._saver.moved()
+                self._saved_acks = {}
                 await asyncio.to_thread(self._keeper.move, self._store_of(self._config), self._desk.state)
+                self._dispatcher.ledger.is_shared = self._config.is_in_redis
         if is_new and self._memory is not None:
             await asyncio.to_thread(self._memory.remember, args_json)
         return self._dispatcher.epoch
@@ -376,7 +382,11 @@ class CounterService:
             log = DecisionLog(self._log_file.write)
             log.began(policy=args.fairness.policy, epoch=epoch, now_s=self._clock.now_s())
             self._log_heading = log.heading
-        return make_dispatcher(args.fairness, args.dispatch, epoch=epoch, log=log, notes=notes, controls=self._controls)
+        dispatcher = make_dispatcher(
+            args.fairness, args.dispatch, epoch=epoch, log=log, notes=notes, controls=self._controls
+        )
+        dispatcher.ledger.is_shared = self._config.is_in_redis
+        return dispatcher
 
     def _store_of(self, config: CounterConfig) -> Store | None:
         return store_of(config, self._session_folder, lambda: self._saver.cluster, self._unix_s)
@@ -460,8 +470,10 @@ class CounterService:
     async def _keep(self, store: Store) -> None:
         """Save what changed; exchange with the clusters that share the store. Beside the ticks: a store may hang."""
         try:
+            acks = self._dispatcher.ledger.acks()
             if not await self._saver.save(store, lambda: self._dispatcher):
                 return
+            self._saved_acks = acks
             if rows := self._reading.take_new_rows():
                 await asyncio.to_thread(store.save_history, rows, {60: self._unix_s() - WEEK_S})
             if self._config.is_in_redis:

@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 LIVE_LIMITS = (
     "max_waiting",
     "max_waiting_per_client",
+    "max_clients",
     "lookahead",
     "lease_s",
     "replica_stale_s",

@@ -35,7 +35,10 @@ STOP_S = 10.0
 """How long the engine thread may take for its last step."""
 KEEP_S, MAX_KEEP_S = 1.0, 30.0
 """How long a request without a grant is kept waiting, at first and at the most, once the counter actor answers."""
+NO_USAGE = Usage(0, 0, 0)
 ENDED = "the engine thread has ended"
+MOST_USERS = 10_000
+"""Clients whose usage is told apart; beyond, the one that ended a request the longest ago counts as nobody ("")."""
 
 
 class ReplicaCore:
@@ -145,7 +148,8 @@ class ReplicaCore:
 
     def usage(self) -> dict[str, Usage]:
         """Tokens by client of every request that has ended here, also of those whose reader left: what callers were
-        told, or would have been. In the long run the counter actor's totals are the sum of these, to the token."""
+        told, or would have been. In the long run the counter actor's totals are the sum of these, to the token. Those
+        of the longest idle of very many clients are under ""."""
         return dict(self._usage)
 
     @property
@@ -216,10 +220,10 @@ class ReplicaCore:
     def _count(self, output: RequestOutput) -> None:
         client = self._clients.pop(output.request_id, None)
         if client is not None:
-            one, all_ = output.usage, self._usage.get(client, Usage(0, 0, 0))
-            self._usage[client] = Usage(
-                all_.num_input + one.num_input, all_.num_cached + one.num_cached, all_.num_output + one.num_output
-            )
+            self._usage[client] = _plus(self._usage.pop(client, NO_USAGE), output.usage)
+            if len(self._usage) > MOST_USERS:
+                nobodys = self._usage.pop("", NO_USAGE)
+                self._usage[""] = _plus(nobodys, self._usage.pop(next(iter(self._usage))))
 
     async def _report_news(self) -> None:
         with contextlib.suppress(TimeoutError):
@@ -262,11 +266,18 @@ class ReplicaCore:
         if reported is not None and reply.counters:
             with contextlib.suppress(ReplicaFailed):  # stopped meanwhile
                 self._engine_loop.call(lambda: self._book.apply_counters(reply.counters, reported))
+        if idle := self._reporter.idle():
+            with contextlib.suppress(ReplicaFailed):
+                self._engine_loop.call(lambda: self._book.close(idle))
         if self._reporter.has_news:
             self._news.set()
         if reply.is_draining and not self._is_draining:
             self._drain()
         return True
+
+
+def _plus(one: Usage, other: Usage) -> Usage:
+    return Usage(one.num_input + other.num_input, one.num_cached + other.num_cached, one.num_output + other.num_output)
 
 
 class ModelReplica:

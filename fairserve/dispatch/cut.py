@@ -37,13 +37,14 @@ Served = tuple[int, int, int, float, float]
 
 
 class Changes(Generic[Key, Row]):
-    """Which rows of one kind changed since the last cut, and those of a cut that are still to be read."""
+    """Which rows of one kind changed since the last cut, and those of a cut that are still to be read. A row that is
+    None is no more."""
 
     def __init__(self, read: Callable[[Key], Row | None]) -> None:
         self._read = read
         self._changed: set[Key] = set()
         self._pending: set[Key] = set()
-        self._rows: dict[Key, Row] = {}
+        self._rows: dict[Key, Row | None] = {}
 
     def before(self, keys: Iterable[Key]) -> None:
         """The rows of these are about to change."""
@@ -62,7 +63,7 @@ class Changes(Generic[Key, Row]):
         self._pending, self._changed = self._changed if every is None else set(every), set()
         self._rows = {}
 
-    def steps(self) -> Generator[None, None, dict[Key, Row]]:
+    def steps(self) -> Generator[None, None, dict[Key, Row | None]]:
         """Read what is left of the cut; returns its rows."""
         while self._pending:
             for _ in range(min(SLICE, len(self._pending))):
@@ -72,20 +73,19 @@ class Changes(Generic[Key, Row]):
         return rows
 
     def _take(self, key: Key) -> None:
-        row = self._read(key)
-        if row is not None:
-            self._rows[key] = row
+        self._rows[key] = self._read(key)
 
 
 @dataclass(slots=True)
 class Cut:
-    """Rows of one moment: all, or those that changed since the cut before. Nobody writes it once it is returned."""
+    """Rows of one moment: all, or those that changed since the cut before; None for one that is no more. Nobody writes
+    it once it is returned."""
 
     is_whole: bool
-    nodes: dict[str, Node] = field(default_factory=dict)
-    served: dict[str, Served] = field(default_factory=dict)
+    nodes: dict[str, Node | None] = field(default_factory=dict)
+    served: dict[str, Served | None] = field(default_factory=dict)
     """By account, what this cluster's own replicas have served; what other clusters can merge."""
-    books: dict[BookKey, tuple[int, Mapping[str, Totals]]] = field(default_factory=dict)
+    books: dict[BookKey, tuple[int, Mapping[str, Totals | None]]] = field(default_factory=dict)
     """Newest sequence number, and totals by account."""
     gone: list[BookKey] = field(default_factory=list)
     """Books that are no more."""
@@ -93,14 +93,15 @@ class Cut:
     def snapshot(self) -> dict[str, Any]:
         """Of a whole cut: as ``Dispatcher.dump``."""
         assert self.is_whole
+        nodes = {node: row for node, row in self.nodes.items() if row is not None}
         return {
             "version": SNAPSHOT_VERSION,
-            "counters": {node: list(row[:2]) for node, row in self.nodes.items() if node != TOP},
-            "last_to_leave": {node: row[2] for node, row in self.nodes.items() if node == TOP or is_group(node)},
+            "counters": {node: list(row[:2]) for node, row in nodes.items() if node != TOP},
+            "last_to_leave": {node: row[2] for node, row in nodes.items() if node == TOP or is_group(node)},
             "ledger": {
-                "totals": {account: list(row[:4]) for account, row in self.served.items()},
+                "totals": {account: list(row[:4]) for account, row in self.served.items() if row is not None},
                 "books": [
-                    [name, incarnation, seq, {account: total.row() for account, total in totals.items()}]
+                    [name, incarnation, seq, {account: total.row() for account, total in totals.items() if total}]
                     for (name, incarnation), (seq, totals) in self.books.items()
                 ],
             },

@@ -13,11 +13,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from fairserve.dispatch.capacity import Capacity, ReplicaRoom
-from fairserve.dispatch.controls import Control, Controls
+from fairserve.dispatch.controls import NO_CONTROL, Control, Controls
 from fairserve.dispatch.cut import SNAPSHOT_VERSION, Cutter
 from fairserve.dispatch.decision_log import DecisionLog
 from fairserve.dispatch.door import Door
 from fairserve.dispatch.events import Events
+from fairserve.dispatch.forgetting import Idlers
 from fairserve.dispatch.leases import Lease, Leases, Waiting, scaled
 from fairserve.dispatch.ledger import CLUSTER, Ledger
 from fairserve.dispatch.limits import DispatchLimits
@@ -99,6 +100,7 @@ class Dispatcher:
         self.cutter = Cutter(self.queue, self.watch, self.weights, self.ledger)
         self.room = WaitingRoom(self.queue, self.controls)
         self.door = Door(self.queue, self.room, limits, self.throttle, self.controls)
+        self._idlers = Idlers(self.queue, self._is_busy)
         self._placement = Placement(self.queue, self.capacity, self.leases, limits, self.watch)
         self._log = log
         self.notes = notes or Notes()
@@ -115,6 +117,9 @@ class Dispatcher:
         self.num_granted_over = 0
         self.num_lapsed = 0
         self.num_refused = 0
+        self.num_forgotten = 0
+        self.most_forgiven = 0.0
+        """By how much a client that was forgotten was ahead of a newcomer."""
 
     @property
     def bounds(self) -> BoundTracker:
@@ -169,6 +174,7 @@ class Dispatcher:
             refusals = (self._submit(submit, session, now_s) for submit in submits)
             session.last_refusals = tuple(refusal for refusal in refusals if refusal is not None)
             self.dispatch(now_s)
+            self._forget_idle()
         return self._reply(session, session.last_refusals)
 
     def poll(self, call: RouterCall, now_s: float) -> RouterReply:
@@ -239,6 +245,7 @@ class Dispatcher:
         self.notes.refused(submit.client, error, now_s)
         self.throttle.num_throttled += isinstance(error, InteractionThrottled)
         self._mark(submit.client)
+        self._idlers.rests(submit.client)
         if self._log is not None:
             self._log.refused(submit, error, now_s)
 
@@ -252,6 +259,7 @@ class Dispatcher:
         is_under_way = self.interactions.is_under_way(client)
         if is_under_way != self.queue.is_under_way(client):
             self.queue.set_under_way(client, is_under_way)
+            self._idlers.rests(client)
 
     # -- events from replicas ---------------------------------------------------------------------------------------
 
@@ -264,11 +272,14 @@ class Dispatcher:
             if report.is_draining:
                 self._drain(report.replica, now_s)
             self.dispatch(now_s)
+            self._forget_idle()
         table, room = self.queue.table, self.capacity.get(report.replica)
+        ack = self.ledger.ack(report.replica, report.incarnation)
         clients = {*map(client_of, report.totals), *report.clients}
         return ReportReply(
             epoch=self.epoch,
-            ack=self.ledger.ack(report.replica, report.incarnation),
+            ack=ack,
+            saved=ack,
             counters={node: table.counter(node) for client in clients if client in table for node in path_of(client)},
             need_full=not report.is_full and report.epoch not in (0, self.epoch),
             is_draining=room is not None and room.is_draining,
@@ -288,15 +299,18 @@ class Dispatcher:
             notes.joined(report.replica, now_s)
         elif room.incarnation < report.incarnation:
             self._lose_replica(report.replica, now_s)
+            self.ledger.lost_replica(report.replica, room.incarnation)
             notes.restarted(report.replica, now_s)
+        for client in owners.values():
+            if client not in table:
+                self.weights.carry(client, report.weights.get(client, 1.0))
+                if client in clients:  # forgotten, or unknown to this life: what it is charged now is on top of that
+                    queue.begin_level(client)
         before = {node: table.counter(node) for client in clients for node in path_of(client)}
         for request_id in (*report.received, *report.held):
             self._confirm(request_id, report, now_s)
         for request_id in report.started:
             self._start(request_id, report, now_s)
-        for client in owners.values():
-            if client not in table:
-                self.weights.carry(client, report.weights.get(client, 1.0))
         for account, difference in added.items():
             share = self._charge(account, difference.service)
             notes.served(report.replica, owners[account], difference, share)
@@ -309,6 +323,8 @@ class Dispatcher:
         if is_current:
             self.capacity.report(report, now_s)
         watch.observe(clients)
+        for client in owners.values():
+            self._idlers.rests(client)
 
     def _charge(self, account: str, service: float) -> float:
         """It was served; returns what it adds to the client's counter at the top level."""
@@ -345,6 +361,9 @@ class Dispatcher:
         watch.returned(levels)
         watch.merged(CLUSTER + cluster, before)
         watch.observe(clients)
+        for client in clients:
+            self._idlers.rests(client)
+        self._forget_idle()
 
     def _clients_of(self, report: StepReport) -> set[str]:
         """Clients whose grants the report may settle."""
@@ -525,6 +544,7 @@ class Dispatcher:
                 self.interactions.ended(submit.client, submit.interaction, request_id, num_tokens, now_s)
             self.watch.observe_one(submit.client)
             self.notes.moved(submit.client, now_s)
+            self._idlers.rests(submit.client)
         return waiting
 
     def _cancel(self, request_id: str, now_s: float) -> None:
@@ -543,6 +563,7 @@ class Dispatcher:
         self.num_lifts += self.room.regroup(client) > 0
         self.watch.observe_one(client)
         self.notes.moved(client, now_s)
+        self._idlers.rests(client)
         if self._log is not None:
             self._log.changed(client, control, now_s)
         self.dispatch(now_s)
@@ -577,6 +598,7 @@ class Dispatcher:
             self._mark(client)
         self.notes.tick(self.throttle.overload.is_on, now_s)
         self.dispatch(now_s)
+        self._forget_idle()
 
     def _requeue(self, request_id: str, now_s: float) -> None:
         """Charge returned, request back at its place in the queue. If nothing else of its client waits, the client is
@@ -608,6 +630,9 @@ class Dispatcher:
 
     def _forget_replica(self, replica: str, now_s: float, *, routers_know: bool = False) -> None:
         self._lose_replica(replica, now_s, routers_know=routers_know)
+        room = self.capacity.get(replica)
+        if room is not None:
+            self.ledger.lost_replica(replica, room.incarnation)
         self.capacity.forget(replica)
         self.watch.lost_replica(replica)
 
@@ -642,6 +667,27 @@ class Dispatcher:
             lease = self.leases.get(request_id)
             if lease is None or not lease.confirmed:
                 self._cancel(request_id, now_s)
+
+    # -- names --------------------------------------------------------------------------------------------------------
+
+    def _is_busy(self, client: str) -> bool:
+        """Something of it waits or is granted, or an operator has set something for it."""
+        is_controlled = self.controls.of(client) is not NO_CONTROL
+        return is_controlled or self.leases.num_of(client) > 0 or self.room.num_waiting(client) > 0
+
+    def _forget_idle(self) -> None:
+        """Too many names are known: those whose forgetting forgives least go (``dispatch/forgetting.py``)."""
+        while len(self.queue.table) > self.limits.max_clients and (first := self._idlers.first()) is not None:
+            client, lead = first
+            self.num_forgotten += 1
+            self.most_forgiven = max(self.most_forgiven, lead)
+            for node in self.queue.forget(client):
+                self.watch.forget(node)
+            self._idlers.forgotten(client)
+            self.ledger.forget(client)
+            self.door.forget(client)
+            self._predictor.forget(client)
+            self.notes.forgot(client)
 
     # -- what others may see ----------------------------------------------------------------------------------------
 
@@ -689,6 +735,9 @@ class Dispatcher:
             self.queue.restore_last_to_leave(group, member)
         self.ledger.load(data["ledger"])
         self._knows_the_past = True
+        for client in data["counters"]:
+            self._idlers.rests(client)
+        self._forget_idle()
 
     def check(self) -> None:
         """Invariants that hold between any two events."""
@@ -700,6 +749,7 @@ class Dispatcher:
         self._placement.check()
         self.room.check()
         self.weights.check()
+        self._idlers.check()
         assert all(request_id not in self.room for request_id in self.leases)
         unconfirmed = {request_id for request_id, lease in self.leases.items() if not lease.confirmed}
         reserved = {request_id for room in self.capacity for request_id in room.unconfirmed}

@@ -83,6 +83,9 @@ class Door:
             self._throttle.take_back(client, waiting.submit.application, accepted_s)
             self._rates.take_back((client,), accepted_s)
 
+    def forget(self, client: str) -> None:
+        self._client_drain.pop(client, None)
+
     def granted(self, client: str, waited_s: float, now_s: float) -> None:
         if self._throttle.is_on:
             self._throttle.overload.waited(waited_s, now_s)

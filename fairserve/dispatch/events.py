@@ -68,9 +68,10 @@ class Events:
         self.last_seq += 1
         event = Event(self.last_seq, now_s, kind, sentence, values, client, replica)
         (self._frequent if kind in FREQUENT else self._rare).append(event)
+        self._open.pop(key, None)
         self._open[key] = event
         if len(self._open) > MAX_EVENTS:
-            self._open = {key: event for key, event in self._open.items() if now_s - event.at_s < MERGE_S}
+            del self._open[next(iter(self._open))]
 
     def after(self, seq: int, limit: int) -> list[Event]:
         """The first ``limit`` that came after the one numbered ``seq``, oldest first."""

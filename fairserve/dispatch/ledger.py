@@ -1,4 +1,12 @@
-"""The ledger: what every client has received, merged from the cumulative totals of replicas and of other clusters."""
+"""The ledger: what every client has received, merged from the cumulative totals of replicas and of other clusters.
+
+Two kinds of rows, each bounded by its own rule. *Books* hold, per incarnation of a replica, the newest total of each
+account that is open there: a difference can be taken only while the row is there, so a row goes only when the replica
+says that the account is over (``StepReport.closed``), or when a full report does not name it. *Totals* hold, per
+account, the sum over all replicas for people to look at: no decision reads them, and those of a client that is
+forgotten move to :data:`FORGOTTEN`, so that the sum of all stays. Where other clusters merge these totals
+(``is_shared``) they only ever rise, so they stay, whoever is forgotten.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +17,17 @@ from typing import Any
 from fairserve.dispatch.cut import SLICE, BookKey, Changes, Served
 from fairserve.dispatch.messages import NOTHING, StepReport, Totals
 from fairserve.dispatch.sums import Sum
-from fairserve.fairness.accounts import client_of
+from fairserve.fairness.accounts import client_of, first_generation
 
 CLUSTER = "cluster:"
 """Before the id of another cluster, where the name of a replica stands. What those served counts here, and is not told
 to others as ours."""
 EARLIER: BookKey = (CLUSTER, 0)
 """What was served before counting began here: for people, charged to nobody."""
+FORGOTTEN = ""
+"""The account, nobody's, that holds what clients which are forgotten had received."""
+MAX_ROWS = 1_000_000
+"""Rows of replicas' books; beyond, the books of dead replicas go, the longest dead first."""
 
 
 @dataclass(slots=True)
@@ -24,16 +36,17 @@ class _Book:
 
     seq: int = 0
     totals: dict[str, Totals] = field(default_factory=dict)
-    unkept: dict[str, Totals] = field(default_factory=dict)
-    """Those that changed since the last cut."""
+    unkept: dict[str, Totals | None] = field(default_factory=dict)
+    """Those that changed since the last cut; None for an account that is over."""
 
 
 class Ledger:
     """Applies differences of cumulative totals, kept per account (client and application): a lost report is made good
     by the next, a repeated or overtaken one changes nothing. Books of dead incarnations are kept, so that a late report
-    after a partition is still merged right, up to ``max_books``; then the longest silent one of a replica goes."""
+    after a partition is still merged right, up to ``max_books``; then the longest silent one of a replica goes. Beyond
+    ``max_rows`` rows in all, those of replicas that were lost go, the longest lost first."""
 
-    def __init__(self, max_books: int = 10_000) -> None:
+    def __init__(self, max_books: int = 10_000, max_rows: int = MAX_ROWS) -> None:
         self._books: dict[BookKey, _Book] = {}
         self._clusters: dict[BookKey, _Book] = {}
         """Of other clusters; never dropped."""
@@ -41,6 +54,13 @@ class Ledger:
         self._with_application: dict[str, list[str]] = {}
         """client -> those of its accounts that name an application."""
         self._max_books = max_books
+        self._max_rows = max_rows
+        self._num_rows = 0
+        """Of replicas' books."""
+        self._lost: dict[BookKey, None] = {}
+        """Books of replicas that are lost, the longest lost first."""
+        self.is_shared = False
+        """Other clusters merge what this one publishes of its totals."""
         self.whole = Sum()
         """What all clients together have received; to look at."""
         self._accounts: Changes[str, Served] | None = None
@@ -48,7 +68,7 @@ class Ledger:
         self._changed_books: set[BookKey] = set()
         self._gone_books: list[BookKey] = []
         self._pending_books: dict[BookKey, _Book] = {}
-        self._cut_books: dict[BookKey, tuple[int, Mapping[str, Totals]]] = {}
+        self._cut_books: dict[BookKey, tuple[int, Mapping[str, Totals | None]]] = {}
 
     def service(self, client: str) -> float:
         """What this client has received, not divided by weight."""
@@ -64,7 +84,7 @@ class Ledger:
         return whole.totals()
 
     def accounts(self) -> Mapping[str, Totals]:
-        """The same, by account."""
+        """The same, by account; of clients that are forgotten, their sum under ``FORGOTTEN``."""
         return {account: total.totals() for account, total in self._totals.items()}
 
     def ack(self, replica: str, incarnation: int) -> int:
@@ -81,15 +101,17 @@ class Ledger:
         key = (report.replica, report.incarnation)
         book = self._books.pop(key, None) or _Book()
         self._books[key] = book
+        self._lost.pop(key, None)
         if report.seq <= book.seq:
             return None
         self._before_book(key)
         book.seq = report.seq
+        num_rows = len(book.totals)
         added: dict[str, Totals] = {}
         earlier: dict[str, Totals] = {}
         watched = self._accounts
         if watched is not None:
-            watched.before(report.totals)
+            watched.before({*map(first_generation, report.totals)})
         for account, totals in report.totals.items():
             is_new = account not in book.totals
             had = book.totals.get(account, NOTHING)
@@ -98,13 +120,48 @@ class Ledger:
                 book.totals[account] = totals
                 if watched is not None:
                     book.unkept[account] = totals
-                self._add(account, difference)
+                self._add(first_generation(account), difference)
                 (earlier if as_baseline and is_new else added)[account] = difference
         if earlier:
             self._note_earlier(earlier)
+        closed = (*report.closed, *(book.totals.keys() - report.totals.keys() if report.is_full else ()))
+        for account in closed:
+            if book.totals.pop(account, None) is not None and watched is not None:
+                book.unkept[account] = None
+        self._num_rows += len(book.totals) - num_rows
         while len(self._books) > self._max_books:
-            self._forget(next(iter(self._books)))
+            self._drop(next(iter(self._books)))
+        self._shrink()
         return added
+
+    def acks(self) -> dict[BookKey, int]:
+        """The newest merged sequence number of every incarnation of a replica."""
+        return {key: book.seq for key, book in self._books.items()}
+
+    def lost_replica(self, replica: str, incarnation: int) -> None:
+        """It has been silent for long; it may speak again all the same."""
+        if (replica, incarnation) in self._books:
+            self._lost[replica, incarnation] = None
+            self._shrink()
+
+    def forget(self, client: str) -> None:
+        """Nobody will ask what this client has received. Books of replicas stay as they are: what is still to come is
+        merged. No effect on totals that other clusters merge, or that hold some of theirs."""
+        if self.is_shared or self._clusters.keys() - {EARLIER}:
+            return
+        accounts = (client, *self._with_application.pop(client, ()))
+        if self._accounts is not None:
+            self._accounts.before({*accounts, FORGOTTEN})
+        for account in accounts:
+            total = self._totals.pop(account, None)
+            if total is not None:
+                self._totals.setdefault(FORGOTTEN, Sum()).add(total)
+        earlier = self._clusters.get(EARLIER)
+        for account in accounts if earlier is not None else ():
+            total_earlier = earlier.totals.pop(account, None)
+            if total_earlier is not None:
+                self._note_earlier({FORGOTTEN: total_earlier})
+                earlier.unkept[account] = None
 
     def merge_cluster(
         self, cluster: str, incarnation: int, totals: Mapping[str, Totals], seq: int
@@ -135,12 +192,18 @@ class Ledger:
         book = self._clusters.setdefault(EARLIER, _Book())
         self._before_book(EARLIER)
         for account, difference in earlier.items():
+            account = first_generation(account)
             total = book.totals.get(account, NOTHING) + difference
             book.totals[account] = book.unkept[account] = total
 
-    def _forget(self, key: BookKey) -> None:
+    def _shrink(self) -> None:
+        while self._num_rows > self._max_rows and self._lost:
+            self._drop(next(iter(self._lost)))
+
+    def _drop(self, key: BookKey) -> None:
         self._before_book(key)
-        del self._books[key]
+        self._num_rows -= len(self._books.pop(key).totals)
+        self._lost.pop(key, None)
         if self._accounts is not None:
             self._changed_books.discard(key)
             self._gone_books.append(key)
@@ -160,7 +223,7 @@ class Ledger:
     ) -> Generator[
         None,
         None,
-        tuple[dict[str, Served], dict[BookKey, tuple[int, Mapping[str, Totals]]], list[BookKey]],
+        tuple[dict[str, Served | None], dict[BookKey, tuple[int, Mapping[str, Totals | None]]], list[BookKey]],
     ]:
         """The rows of accounts and books as of the first step, and the books that are gone since the last cut; see
         :class:`~fairserve.dispatch.cut.Cutter`."""
@@ -243,8 +306,12 @@ class Ledger:
                     self._add(account, total)
             else:
                 self._books[name, incarnation] = book
+        self._num_rows = sum(len(book.totals) for book in self._books.values())
+        self._lost = dict.fromkeys(self._books)  # until they speak
 
     def check(self) -> None:
+        assert self._num_rows == sum(len(book.totals) for book in self._books.values())
+        assert self._lost.keys() <= self._books.keys()
         for client, totals in self._totals.items():
             assert totals.num_input >= totals.num_cached >= 0 and totals.num_output >= 0, (client, totals)
             had = self._served(client)

@@ -15,6 +15,7 @@ class DispatchLimits:
     reserve_output_tokens: int | None = None
     max_waiting: int = 10_000
     max_waiting_per_client: int = 2_000
+    max_clients: int = 100_000
     lease_s: float = 5.0
     replica_stale_s: float = 5.0
     replica_dead_s: float = 20.0

@@ -173,6 +173,8 @@ class StepReport:
     outputs: Mapping[str, int] = field(default_factory=dict)
     """request id -> output tokens made in all, for requests that finished since the last acknowledged report and,
     where the policy predicts lengths, for those that made any."""
+    closed: tuple[str, ...] = ()
+    """Accounts that are over since the last acknowledged report: this incarnation never reports on them again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,3 +190,5 @@ class ReportReply:
     """The actor does not know this incarnation (restart): send a full report."""
     is_draining: bool = False
     """The replica is being stopped, as a router heard: it is granted nothing more."""
+    saved: int = 0
+    """The newest sequence number whose totals the authority's next life is sure to know; never above ``ack``."""

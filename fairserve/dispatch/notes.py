@@ -54,6 +54,10 @@ class Notes:
     def lapsed(self, client: str, replica: str, now_s: float) -> None:
         self.events.note("lapsed", now_s, LAPSED, replica, client, client=client, replica=replica)
 
+    def forgot(self, client: str) -> None:
+        """The client is not known any more."""
+        self.recent.forget(client)
+
     # -- replicas and routers -----------------------------------------------------------------------------------------
 
     def served(self, replica: str, client: str, more: Totals, share: float) -> None:

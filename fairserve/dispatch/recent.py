@@ -19,6 +19,7 @@ RATE_S = 10
 SHARE_S = 60
 """Seconds over which shares of service are compared."""
 WAIT_TAU_S = 30.0
+MOST_SEEN = 100_000
 LEAST_WEIGHT = 0.01
 """A mean wait whose newest grant weighs less (about 140 s ago) is no longer of late."""
 
@@ -114,6 +115,12 @@ class Recent:
         """It has a request."""
         self._seen_s.pop(client, None)
         self._seen_s[client] = now_s
+        if len(self._seen_s) > MOST_SEEN:
+            del self._seen_s[next(iter(self._seen_s))]
+
+    def forget(self, client: str) -> None:
+        for table in (self._waits, self._seen_s, self.num_refused):
+            table.pop(client, None)
 
     def granted(self, client: str, waited_s: float, now_s: float) -> None:
         waits = self._waits.get(client)

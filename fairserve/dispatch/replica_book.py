@@ -2,17 +2,33 @@
 
 :class:`LocalBook` lives on the engine thread and implements the engine's two hooks (``engine/hooks.py``).
 :class:`Reporter` lives where the reports are sent from. Between them travel frozen :class:`BookEvents`.
+
+Accounts are closed, so that 100,000 clients who come once do not stay for ever. What holds, whatever is lost, repeated
+or restarted:
+
+1. Within an account totals are cumulative, and an account is never reopened: whoever comes back counts from zero under
+   a new generation of its name. To the ledger that is another account, and a difference of totals is always one of the
+   same count.
+2. Only the engine thread closes, and only what is exactly as it was reported: the client has no request here, and the
+   total is the one that was proposed (:meth:`Reporter.idle`). What was never charged is closed without a word.
+3. Only what the next life of the authority is sure to know is proposed (``ReportReply.saved``): a total that an older
+   snapshot lacks could not be reported again. While the authority cannot be reached, nothing is closed.
+4. The authority drops its row of an account when a report says that it is over, or when a full report does not name it;
+   no later report does. Reports say so until one is acknowledged; one that was overtaken is not looked at.
+
+So each side holds, besides what is in use and what is not saved yet, the ``KEPT_ACCOUNTS`` accounts used last.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Generic, Protocol, TypeVar
 
 from fairserve.dispatch.messages import ReportReply, StepReport, Totals
 from fairserve.dispatch.sums import Sum
-from fairserve.fairness.accounts import account_of, client_of
+from fairserve.fairness.accounts import account_of, application_of, client_of
 from fairserve.fairness.cost import CostFunction
 from fairserve.fairness.policy import Policy
 from fairserve.fairness.queue import FairQueue
@@ -33,6 +49,12 @@ class LocalRequest(Protocol):
 
 Request = TypeVar("Request", bound=LocalRequest)
 
+KEPT_ACCOUNTS = 1_000
+"""Accounts that a replica keeps open although nothing happens in them: whoever comes back soon goes on in its own."""
+MOST_CLOSED = 1_000
+"""Accounts closed between two steps."""
+UNCHARGED_LOOKED_AT = 8
+
 
 @dataclass(frozen=True, slots=True)
 class BookEvents:
@@ -49,6 +71,10 @@ class BookEvents:
     """Every client with a request on the replica."""
     outputs: Mapping[str, int]
     """See ``StepReport.outputs``."""
+    closed: tuple[str, ...] = ()
+    """Accounts that are over: not in ``totals``, now or ever again."""
+    left: tuple[str, ...] = ()
+    """Clients without any open account, until they come back."""
 
 
 @dataclass(slots=True)
@@ -84,6 +110,16 @@ class LocalBook(Generic[Request]):
         self._num_open: dict[str, int] = {}
         self._totals: dict[str, Sum] = {}
         self._service: dict[str, float] = {}
+        self._generation = 0
+        """Of accounts opened from now on; rises when any is closed."""
+        self._account: dict[tuple[str, str], str] = {}
+        """The open account of a client and application."""
+        self._accounts_of: dict[str, list[tuple[str, str]]] = {}
+        """Keys of ``_account`` by client."""
+        self._uncharged: dict[tuple[str, str], None] = {}
+        """Open accounts that may never have been charged a token, of clients without a request here."""
+        self._closed: list[str] = []
+        self._left: list[str] = []
         self._changed: set[str] = set()
         self._received: list[str] = []
         self._started: list[str] = []
@@ -128,10 +164,17 @@ class LocalBook(Generic[Request]):
 
     def received(self, request: Request) -> None:
         assert request.request_id not in self._open, f"{request.request_id} is here already"
-        account = account_of(request.client, request.application)
-        self._open[request.request_id] = _Open(request.client, account)
+        self._open[request.request_id] = _Open(request.client, self._account_for(request))
         self._num_open[request.client] = self._num_open.get(request.client, 0) + 1
         self._received.append(request.request_id)
+
+    def _account_for(self, request: Request) -> str:
+        key = (request.client, request.application)
+        account = self._account.get(key)
+        if account is None:
+            account = self._account[key] = account_of(*key, self._generation)
+            self._accounts_of.setdefault(request.client, []).append(key)
+        return account
 
     def started(self, request_id: str, num_input: int, num_cached: int) -> None:
         entry = self._open[request_id]
@@ -162,7 +205,9 @@ class LocalBook(Generic[Request]):
         self._num_open[client] -= 1
         if not self._num_open[client]:
             del self._num_open[client]
+            self._uncharged.update(dict.fromkeys(self._accounts_of[client]))
         self._finished.append(request_id)
+        self._close_uncharged()
 
     def _charge(self, entry: _Open, num_input: int, num_cached: int, num_output: int) -> None:
         entry.num_input += num_input
@@ -196,8 +241,11 @@ class LocalBook(Generic[Request]):
             weights={client: self._queue.table.weight(client) for client in clients},
             clients=tuple(self._num_open),
             outputs=self._outputs,
+            closed=tuple(self._closed),
+            left=tuple(self._left),
         )
         self._changed, self._outputs = set(), {}
+        self._closed, self._left = [], []
         self._received, self._started, self._finished = [], [], []
         return events
 
@@ -205,11 +253,50 @@ class LocalBook(Generic[Request]):
         """The authority's counters of clients and groups, as of a report that carried ``reported`` service per client;
         what was charged here since is put on top."""
         for node, counter in counters.items():
-            self._queue.set_counter(node, counter)
+            if node in self._queue.table:
+                self._queue.set_counter(node, counter)
         for client, service in reported.items():
             since = self._service.get(client, 0.0) - service
-            if since and client in counters:
+            if since and client in counters and client in self._queue.table:
                 self._queue.charge(client, since)
+
+    def close(self, idle: Mapping[str, Totals]) -> None:
+        """End those of these accounts in which nothing has happened since they were proposed."""
+        num_closed = len(self._closed)
+        for account, proposed in idle.items():
+            key = (client_of(account), application_of(account))
+            total = self._totals.get(account)
+            is_as_proposed = total is not None and account not in self._changed and total.totals() == proposed
+            if is_as_proposed and key[0] not in self._num_open and self._close(key):
+                del self._totals[account]
+                self._closed.append(account)
+        self._generation += len(self._closed) > num_closed
+
+    def _close_uncharged(self) -> None:
+        """Nobody was told of these accounts. One that has to stay is looked at again, a few at a time."""
+        for key in list(islice(self._uncharged, UNCHARGED_LOOKED_AT)):
+            del self._uncharged[key]
+            account = self._account.get(key)
+            is_idle = account is not None and account not in self._totals and key[0] not in self._num_open
+            if is_idle and not self._close(key):
+                self._uncharged[key] = None
+
+    def _close(self, key: tuple[str, str]) -> bool:
+        """With the last account of a client, all that is known of it goes. False: newcomers are lifted to where it
+        stands, and it stays."""
+        client, _ = key
+        is_last = len(self._accounts_of[client]) == 1
+        if is_last and client in self._queue.table and not self._queue.can_forget(client):
+            return False
+        del self._account[key]
+        self._accounts_of[client].remove(key)
+        if is_last:
+            if client in self._queue.table:
+                self._queue.forget(client)
+            del self._accounts_of[client]
+            if self._service.pop(client, None) is not None:
+                self._left.append(client)
+        return True
 
     @property
     def held(self) -> tuple[str, ...]:
@@ -218,6 +305,9 @@ class LocalBook(Generic[Request]):
     def check(self) -> None:
         self._queue.check()
         assert all(totals.num_input >= totals.num_cached for totals in self._totals.values())
+        assert self._totals.keys() <= set(self._account.values())
+        assert {key for keys in self._accounts_of.values() for key in keys} == self._account.keys()
+        assert self._service.keys() <= self._accounts_of.keys()
 
 
 @dataclass(slots=True)
@@ -229,9 +319,10 @@ class _Unacknowledged:
     started: list[str] = field(default_factory=list)
     finished: list[str] = field(default_factory=list)
     outputs: dict[str, int] = field(default_factory=dict)
+    closed: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.accounts or self.received or self.started or self.finished)
+        return bool(self.accounts or self.received or self.started or self.finished or self.closed)
 
     def before(self, later: _Unacknowledged) -> _Unacknowledged:
         return _Unacknowledged(
@@ -240,13 +331,14 @@ class _Unacknowledged:
             self.started + later.started,
             self.finished + later.finished,
             self.outputs | later.outputs,
+            self.closed + later.closed,
         )
 
 
 class Reporter:
     """Composes reports, one in flight: whatever no reply has acknowledged is in the next one again."""
 
-    def __init__(self, replica: str, incarnation: int) -> None:
+    def __init__(self, replica: str, incarnation: int, kept_accounts: int = KEPT_ACCOUNTS) -> None:
         self._replica = replica
         self._incarnation = incarnation
         self._seq = 0
@@ -261,9 +353,19 @@ class Reporter:
         self._new = _Unacknowledged()
         self._in_flight: _Unacknowledged | None = None
         self._reported: dict[str, float] = {}
+        self._kept_accounts = kept_accounts
+        self._sent_at: dict[str, int] = {}
+        """The sequence number of the newest report with each account, the longest ago first."""
+        self._saved = 0
         self.num_epochs = 0
 
     def add(self, events: BookEvents) -> None:
+        for account in events.closed:
+            self._totals.pop(account, None)
+            self._sent_at.pop(account, None)
+        for client in events.left:
+            self._service.pop(client, None)
+            self._weights.pop(client, None)
         self._totals.update(events.totals)
         self._service.update(events.service)
         self._weights.update(events.weights)
@@ -275,6 +377,7 @@ class Reporter:
                 list(events.started),
                 list(events.finished),
                 dict(events.outputs),
+                list(events.closed),
             )
         )
         self._held.update(dict.fromkeys(events.received))
@@ -306,8 +409,11 @@ class Reporter:
             self._new = self._in_flight.before(self._new)
         self._in_flight, self._new = self._new, _Unacknowledged()
         self._seq += 1
-        sent = set(self._totals) if self._full_due else self._in_flight.accounts
+        sent = set(self._totals) if self._full_due else self._in_flight.accounts & self._totals.keys()
         clients = {client_of(account) for account in sent}
+        for account in sent:
+            self._sent_at.pop(account, None)
+            self._sent_at[account] = self._seq
         self._reported = {client: self._service.get(client, 0.0) for client in {*clients, *self._clients}}
         return StepReport(
             replica=self._replica,
@@ -330,6 +436,7 @@ class Reporter:
             is_draining=is_draining,
             weights={client: self._weights.get(client, 1.0) for client in clients},
             outputs=self._in_flight.outputs,
+            closed=tuple(self._in_flight.closed),
         )
 
     def replied(self, reply: ReportReply) -> dict[str, float] | None:
@@ -345,4 +452,19 @@ class Reporter:
             self._full_due = False
         if reply.ack >= self._seq and not self._full_due:
             self._in_flight = None
+        self._saved = reply.saved
         return self._reported
+
+    def idle(self) -> dict[str, Totals]:
+        """Accounts, beyond the newest ``kept_accounts``, in which nothing happens, and whose totals the authority will
+        not lose: for :meth:`LocalBook.close`. Ask when a reply has come."""
+        if self._full_due or self._in_flight is not None:
+            return {}
+        busy = {*self._clients, *map(client_of, self._new.accounts)}
+        idle: dict[str, Totals] = {}
+        for account, seq in self._sent_at.items():
+            if len(self._sent_at) - len(idle) <= self._kept_accounts or seq > self._saved or len(idle) >= MOST_CLOSED:
+                break
+            if client_of(account) not in busy:
+                idle[account] = self._totals[account]
+        return idle

@@ -54,6 +54,8 @@ def status(dispatcher: Dispatcher, now_s: float) -> dict[str, Any]:
         "granted_over": dispatcher.num_granted_over,
         "lapsed": dispatcher.num_lapsed,
         "refused": dispatcher.num_refused,
+        "forgotten": dispatcher.num_forgotten,
+        "most_forgiven": dispatcher.most_forgiven,
         "lifts": dispatcher.num_lifts,
         "overloaded": dispatcher.throttle.overload.is_on,
         "throttled": dispatcher.throttle.num_throttled,

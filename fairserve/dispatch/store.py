@@ -193,15 +193,17 @@ class SqliteStore:
 
     def save(self, cut: Cut, head: Head) -> None:
         with self._writing() as db:
-            rows = db.execute("SELECT data FROM head").fetchall()
-            before = Head.load(rows[0][0]) if rows else None
+            heads = db.execute("SELECT data FROM head").fetchall()
+            before = Head.load(heads[0][0]) if heads else None
             head.check_follows(before, is_whole=cut.is_whole)
             if cut.is_whole:
                 for table in ("snapshot", "node", "served", "book", "reported"):
                     db.execute(f"DELETE FROM {table}")
             db.execute("INSERT OR REPLACE INTO head VALUES (1, ?)", (head.dump(),))
-            _write(db, "node", 4, ((node, *row) for node, row in cut.nodes.items()))
-            _write(db, "served", 6, ((account, *row) for account, row in cut.served.items()))
+            _write(db, "node", 4, ((node, *row) for node, row in cut.nodes.items() if row is not None))
+            _delete(db, "node WHERE name = ?", ((node,) for node, row in cut.nodes.items() if row is None))
+            _write(db, "served", 6, ((account, *row) for account, row in cut.served.items() if row is not None))
+            _delete(db, "served WHERE account = ?", ((name,) for name, row in cut.served.items() if row is None))
             for key in cut.gone:
                 db.execute(
                     "DELETE FROM reported WHERE book IN (SELECT id FROM book WHERE (name, incarnation) = (?, ?))", key
@@ -213,7 +215,10 @@ class SqliteStore:
                     "ON CONFLICT (name, incarnation) DO UPDATE SET seq = excluded.seq RETURNING id"
                 )
                 (book,) = db.execute(upsert, (*key, seq)).fetchone()
-                _write(db, "reported", 6, ((book, account, *total.row()) for account, total in totals.items()))
+                rows = ((book, account, *total.row()) for account, total in totals.items() if total is not None)
+                _write(db, "reported", 6, rows)
+                closed = ((book, account) for account, total in totals.items() if total is None)
+                _delete(db, "reported WHERE (book, account) = (?, ?)", closed)
 
     def load(self) -> tuple[Head, Snapshot] | None:
         if not self.path.exists():
@@ -338,6 +343,11 @@ def _write(db: sqlite3.Connection, table: str, num_columns: int, rows: Iterator[
     places = ", ".join("?" * num_columns)
     while batch := list(islice(rows, _BATCH)):
         db.executemany(f"INSERT OR REPLACE INTO {table} VALUES ({places})", batch)
+
+
+def _delete(db: sqlite3.Connection, what: str, keys: Iterator[tuple[Any, ...]]) -> None:
+    while batch := list(islice(keys, _BATCH)):
+        db.executemany(f"DELETE FROM {what}", batch)
 
 
 def _snapshot_of(db: sqlite3.Connection) -> Snapshot:

@@ -113,6 +113,13 @@ class Watch:
             bounds = self.bounds[group] = BoundTracker()
         return bounds
 
+    def forget(self, node: str) -> None:
+        """A client or a group that is not known any more; nothing of it is granted."""
+        for amounts in (self.service, self.unserved, self.owed):
+            amounts.pop(node, None)
+        self.bounds.pop(node, None)
+        self.gaps.pop(node, None)
+
     def check(self, leases: Collection[Lease]) -> None:
         """``leases``: all that there are."""
         for name, mine in (("held", self.unserved), ("owed", self.owed)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 
 from fairserve.errors import RateLimited, Refused
 from fairserve.fairness.policy import Order, Policy
@@ -43,6 +43,9 @@ class RoundRobin(Policy):
         self._num_turns += 1
         self._turn[client] = self._num_turns
 
+    def forget(self, client: str) -> None:
+        self._turn.pop(client, None)
+
 
 class Rpm(Fcfs):
     """FCFS behind a rate limit: at most ``limit`` accepted requests per client in any 60 s."""
@@ -53,7 +56,8 @@ class Rpm(Fcfs):
         if limit < 1:
             raise ValueError(f"limit must be at least 1, not {limit}")
         self.limit = limit
-        self._accepted_s: dict[str, deque[float]] = {}
+        self._accepted_s: OrderedDict[str, deque[float]] = OrderedDict()
+        """By client, the one accepted last at the end; gone when its window is over."""
 
     def refuse(self, client: str, now_s: float) -> Refused | None:
         recent = self._accepted_s.get(client, ())
@@ -66,3 +70,6 @@ class Rpm(Fcfs):
     def accepted(self, client: str, now_s: float) -> None:
         recent = self._accepted_s.setdefault(client, deque(maxlen=self.limit))
         recent.append(now_s)
+        self._accepted_s.move_to_end(client)
+        while next(iter(self._accepted_s.values()))[-1] <= now_s - WINDOW_S:
+            self._accepted_s.popitem(last=False)

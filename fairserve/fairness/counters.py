@@ -37,6 +37,10 @@ class CounterTable:
     def __iter__(self) -> Iterator[str]:
         return iter(self._counter)
 
+    def remove(self, client: str) -> None:
+        """The client is not known any more."""
+        del self._counter[client], self._weight[client]
+
     def counter(self, client: str) -> float:
         return self._counter.get(client, 0.0)
 

@@ -92,5 +92,8 @@ class D2lpm(Dlpm):
         for spent in self._spent.values():
             spent.pop(replica, None)
 
+    def forget(self, client: str) -> None:
+        self._spent.pop(client, None)
+
     def finished(self, client: str, application: str, replica: str, input_service: float, service: float) -> None:
         self.placed(client, replica, service - input_service)

@@ -13,6 +13,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
+MOST_KNOWN = 100_000
+"""Interactions beyond which idle ones are forgotten before their time."""
+
 
 @dataclass(slots=True)
 class _Interaction:
@@ -175,7 +178,7 @@ class Interactions:
                     done.append(client)
         while self._known:
             key, known = next(iter(self._known.items()))
-            if key in self._awake or now_s - known.seen_s <= self._max_s:
+            if key in self._awake or (now_s - known.seen_s <= self._max_s and len(self._known) <= MOST_KNOWN):
                 break
             del self._known[key]
         if self._born_s is not None and now_s - self._born_s > self._idle_s:

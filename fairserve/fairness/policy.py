@@ -71,5 +71,8 @@ class Policy:
     def lost_replica(self, replica: str) -> None:
         """It is gone."""
 
+    def forget(self, client: str) -> None:
+        """The client (or group) is not known any more: if it comes, it comes as a newcomer."""
+
     def finished(self, client: str, application: str, replica: str, input_service: float, service: float) -> None:
         """A request ended, having received ``service`` in all, ``input_service`` of it for its input."""

@@ -7,6 +7,9 @@ from typing import Protocol
 
 from fairserve.errors import ConfigError
 
+MOST_APPLICATIONS = 1_000
+"""Applications of one client whose means are kept: a trusted gateway may name any."""
+
 
 class Predictor(Protocol):
     """``application`` is "" for none; lengths are output tokens."""
@@ -15,6 +18,10 @@ class Predictor(Protocol):
 
     def learn(self, client: str, application: str, num_output: int) -> None:
         """A request ended with that many."""
+        ...
+
+    def forget(self, client: str) -> None:
+        """The client is not known any more."""
         ...
 
 
@@ -27,23 +34,32 @@ class NoPrediction:
     def learn(self, client: str, application: str, num_output: int) -> None:
         pass
 
+    def forget(self, client: str) -> None:
+        pass
+
 
 class MovingMean:
     """p = (4 p + n) / 5 per client and application, from its first length on; before that the mean over all clients,
     so that a newcomer's burst is not free. Each model has its own."""
 
     def __init__(self) -> None:
-        self._mean: dict[tuple[str, str], float] = {}
+        self._mean: dict[str, dict[str, float]] = {}
+        """By client and application."""
         self._overall: float | None = None
 
     def predict(self, client: str, application: str, hint: int | None) -> float:
-        return self._mean.get((client, application), self._overall or 0.0)
+        return self._mean.get(client, {}).get(application, self._overall or 0.0)
 
     def learn(self, client: str, application: str, num_output: int) -> None:
-        key = (client, application)
-        self._mean[key] = (4 * self._mean.get(key, num_output) + num_output) / 5
+        own = self._mean.setdefault(client, {})
+        own[application] = (4 * own.pop(application, num_output) + num_output) / 5
+        if len(own) > MOST_APPLICATIONS:
+            del own[next(iter(own))]
         overall = num_output if self._overall is None else self._overall
         self._overall = (99 * overall + num_output) / 100
+
+    def forget(self, client: str) -> None:
+        self._mean.pop(client, None)
 
 
 class Foretold(NoPrediction):

@@ -4,6 +4,7 @@ queue are each one of these."""
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import Generic, TypeVar
@@ -35,6 +36,8 @@ class Siblings:
         self.orders: dict[str, Order] = {}
         """Of the members that wait."""
         self._last_to_leave: str | None = None
+        self.num_members = 0
+        """That are known, whether they wait or not."""
 
     def counter(self, client: str) -> float:
         return self._queue.table.counter(client)
@@ -211,6 +214,28 @@ class FairQueue(Generic[Item]):
             else:
                 yield member
 
+    # -- who may be forgotten -----------------------------------------------------------------------------------------
+
+    def branch_of(self, client: str) -> str:
+        """The highest node below which this client is the only one that is known. Counters below it compare with
+        nobody's: its own is what would be forgiven."""
+        node = client
+        while (group := group_of(node)) != TOP and self._groups[group].num_members == 1:
+            node = group
+        return node
+
+    def can_forget(self, client: str) -> bool:
+        """It is known, neither waits nor has an interaction under way, and is not the one by which newcomers are
+        lifted when nobody waits. Whether something of it runs, this queue cannot know."""
+        if client not in self.table or self._backlog.has(client) or client in self._under_way:
+            return False
+        top = self.branch_of(client)
+        return self._groups[group_of(top)].last_to_leave != top
+
+    def newcomer(self, group: str) -> float:
+        """Where a newcomer to the group begins: at 0 where the policy lifts nobody."""
+        return self.policy.lift("", self._groups[group]) or 0.0
+
     def tell_moves(self) -> set[str]:
         """From now on the set that is returned takes in every node whose counter moves; its owner empties it."""
         if self._moved is None:
@@ -237,11 +262,17 @@ class FairQueue(Generic[Item]):
         """
         self.touch(client)
         for node in path_of(client):
-            if not is_group(node):
-                self.table.register(node, weight)
-            elif node not in self._groups:
-                self.table.register(node, self._group_weights.get(node.removesuffix("/"), 1.0))
-                self._groups[node] = Siblings(self)
+            self._know(node)
+        self.table.register(client, weight)
+
+    def _know(self, node: str) -> None:
+        """A member more of its group, if it is not known yet."""
+        if node in self.table:
+            return
+        self._groups[group_of(node)].num_members += 1
+        self.table.register(node, self._group_weights.get(node.removesuffix("/"), 1.0) if is_group(node) else 1.0)
+        if is_group(node):
+            self._groups[node] = Siblings(self)
 
     def arrive(self, client: str, request_id: str, item: Item, place: float, *, lift: bool = True) -> float:
         """A request waits at ``place`` in its client's queue. Returns by how much counters were lifted, in all.
@@ -314,9 +345,12 @@ class FairQueue(Generic[Item]):
                 self._order(node)
 
     def set_counter(self, node: str, counter: float) -> None:
-        """Of a client or a group."""
+        """Of a client or a group; makes it known."""
         if self._before is not None:
             self._before((node, group_of(node)))
+        if node not in self.table:
+            for above in dict.fromkeys(path_of(node)):
+                self._know(above)
         self.table.set(node, counter)
         if self._moved is not None:
             self._moved.add(node)
@@ -328,6 +362,29 @@ class FairQueue(Generic[Item]):
         self.touch(client)
         (self._under_way.add if is_under_way else self._under_way.discard)(client)
         self._reorder(client)
+
+    def begin_level(self, client: str) -> None:
+        """The client becomes active without a request that waits here: it is lifted like any newcomer."""
+        for node in path_of(client):
+            target = self.policy.lift(node, self._groups[group_of(node)])
+            if target is not None:
+                self.table.lift(node, target)
+                if self._moved is not None:
+                    self._moved.add(node)
+
+    def forget(self, client: str) -> tuple[str, ...]:
+        """Nothing is known any more of a client of which :meth:`can_forget` is true, and of groups that it leaves
+        empty. Returns these nodes."""
+        path, top = path_of(client), self.branch_of(client)
+        nodes = path[path.index(top) :]
+        for node in reversed(nodes):
+            self.table.remove(node)
+            self._groups.pop(node, None)
+            self._groups[group_of(node)].num_members -= 1
+            if self._moved is not None:
+                self._moved.discard(node)
+            self.policy.forget(node)
+        return nodes
 
     def restore_last_to_leave(self, group: str, member: str | None) -> None:
         """After a restart: the second branch of the lift needs it."""
@@ -350,8 +407,10 @@ class FairQueue(Generic[Item]):
         self._backlog.check()
         waiting = {node for client in self._backlog.clients() for node in path_of(client)}
         assert {node for siblings in self._groups.values() for node in siblings.orders} == waiting
+        members = Counter(map(group_of, self.table))
         for name, siblings in self._groups.items():
             siblings.check()
+            assert siblings.num_members == members[name], name
             for node, order in siblings.orders.items():
                 assert group_of(node) == name
                 assert order == self.policy.order(node, siblings), node

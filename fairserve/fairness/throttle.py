@@ -9,7 +9,7 @@ application of a client), so nobody can use up another's.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from dataclasses import dataclass
 from math import exp
 from typing import Literal
@@ -85,11 +85,15 @@ class Rates:
     are taken back."""
 
     def __init__(self) -> None:
-        self._times: dict[tuple[str, ...], deque[float]] = {}
+        self._times: OrderedDict[tuple[str, ...], deque[float]] = OrderedDict()
+        """The key counted last stands last."""
 
     def count(self, key: tuple[str, ...], now_s: float) -> None:
         self._times.setdefault(key, deque()).append(now_s)
+        self._times.move_to_end(key)
         self._forget_old(key, now_s)
+        while (oldest := next(iter(self._times))) != key and self._times[oldest][-1] <= now_s - WINDOW_S:
+            del self._times[oldest]
 
     def take_back(self, key: tuple[str, ...], at_s: float) -> None:
         """The request that was counted at ``at_s`` was refused after all; no effect if that was long ago."""

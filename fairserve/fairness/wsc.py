@@ -23,6 +23,8 @@ from fairserve.fairness.waiting import WaitingClients
 
 RATE = 0.05
 """Share of the newest request in an application's mean."""
+MOST_APPLICATIONS = 1_000
+"""Applications whose means are kept, of one client and of all."""
 
 
 class Wsc(Vtc):
@@ -37,7 +39,8 @@ class Wsc(Vtc):
         self.grace = grace
         self._given = dict(expected or {})
         self._mean: dict[str, float] = {}
-        self._own: dict[tuple[str, str], float] = {}
+        self._own: dict[str, dict[str, float]] = {}
+        """By client and application."""
         self._typical: float | None = None
 
     def order(self, client: str, waiting: WaitingClients) -> Order:
@@ -50,14 +53,20 @@ class Wsc(Vtc):
         if not application or not self._typical:
             return 1.0
         expected = self._given.get(application, self._mean.get(application, self._typical))
-        own = self._own.get((client, application), expected)
+        own = self._own.get(client, {}).get(application, expected)
         return self._typical / max(1e-9, min(expected, own))
 
     def finished(self, client: str, application: str, replica: str, input_service: float, service: float) -> None:
-        key = (client, application)
-        self._own[key] = _mixed(self._own.get(key), service)
-        self._mean[application] = _mixed(self._mean.get(application), service)
+        own = self._own.setdefault(client, {})
+        own[application] = _mixed(own.get(application), service)
+        self._mean[application] = _mixed(self._mean.pop(application, None), service)
+        for means in (own, self._mean):  # a trusted gateway may name any application
+            if len(means) > MOST_APPLICATIONS:
+                del means[next(iter(means))]
         self._typical = _mixed(self._typical, service)
+
+    def forget(self, client: str) -> None:
+        self._own.pop(client, None)
 
 
 def _mixed(mean: float | None, value: float) -> float:

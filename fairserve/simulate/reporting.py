@@ -88,6 +88,8 @@ class Reporting:
         reported = self.reporter.replied(reply)
         if reported is not None and reply.counters:
             self._replica.between_steps(partial(self._replica.book.apply_counters, reply.counters, reported))
+        if idle := self.reporter.idle():
+            self._replica.between_steps(partial(self._replica.book.close, idle))
         self._has_news = self._has_news or self.reporter.has_news
         self._give_back()
         self._go_on()

@@ -130,15 +130,16 @@ def test_events_are_taken_once_and_totals_are_cumulative(book: LocalBook) -> Non
 
 
 def test_a_counter_is_the_authoritys_answer_plus_what_was_charged_here_since(book: LocalBook) -> None:
-    arrive(book, Here("a", "ann", weight=2.0))
+    arrive(book, Here("a", "ann", weight=2.0), Here("e", "eve"))
     book.pop()
     book.started("a", 10, 0)
     reported = book.take_events().service
     for _ in range(3):
         book.output("a", 1)
-    book.apply_counters({"ann": 1_000.0, "eve": 7.0}, reported)
+    book.apply_counters({"ann": 1_000.0, "eve": 7.0, "gone": 9.0}, reported)
     assert book.counter("ann") == 1_003
     assert book.counter("eve") == 7
+    assert book.counter("gone") == 0, "nothing of it is here"
 
 
 def test_without_the_authority_the_replica_stays_fair_by_itself(book: LocalBook) -> None:

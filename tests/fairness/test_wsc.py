@@ -131,7 +131,7 @@ def test_whatever_the_labels_each_costs_at_least_one_typical_request_per_request
         neighbours(policy, rng, 1)
         paid += units(policy, "forger", label, service)
         first.setdefault(label, service)
-    credit = sum(log(policy._own["forger", label] / service) / RATE for label, service in first.items())
+    credit = sum(log(policy._own["forger"][label] / service) / RATE for label, service in first.items())
     assert paid >= len(requests) - len(first) + credit - 1e-6
 
 
