@@ -82,10 +82,10 @@ class Cut:
     it once it is returned."""
 
     is_whole: bool
-    nodes: dict[str, Node | None] = field(default_factory=dict)
-    served: dict[str, Served | None] = field(default_factory=dict)
+    nodes: Mapping[str, Node | None] = field(default_factory=dict)
+    served: Mapping[str, Served | None] = field(default_factory=dict)
     """By account, what this cluster's own replicas have served; what other clusters can merge."""
-    books: dict[BookKey, tuple[int, Mapping[str, Totals | None]]] = field(default_factory=dict)
+    books: Mapping[BookKey, tuple[int, Mapping[str, Totals | None]]] = field(default_factory=dict)
     """Newest sequence number, and totals by account."""
     gone: list[BookKey] = field(default_factory=list)
     """Books that are no more."""

@@ -305,7 +305,7 @@ class Dispatcher:
             if client not in table:
                 self.weights.carry(client, report.weights.get(client, 1.0))
                 if client in clients:  # forgotten, or unknown to this life: what it is charged now is on top of that
-                    queue.begin_level(client)
+                    self.queue.begin_level(client)
         before = {node: table.counter(node) for client in clients for node in path_of(client)}
         for request_id in (*report.received, *report.held):
             self._confirm(request_id, report, now_s)

@@ -156,10 +156,9 @@ class Ledger:
             total = self._totals.pop(account, None)
             if total is not None:
                 self._totals.setdefault(FORGOTTEN, Sum()).add(total)
-        earlier = self._clusters.get(EARLIER)
-        for account in accounts if earlier is not None else ():
-            total_earlier = earlier.totals.pop(account, None)
-            if total_earlier is not None:
+        earlier = self._clusters.get(EARLIER, _Book())
+        for account in accounts:
+            if (total_earlier := earlier.totals.pop(account, None)) is not None:
                 self._note_earlier({FORGOTTEN: total_earlier})
                 earlier.unkept[account] = None
 
