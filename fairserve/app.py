@@ -11,9 +11,11 @@
 
 import asyncio
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from pydantic import model_validator
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
@@ -25,7 +27,7 @@ from fairserve.cluster.backend import HandleBackend
 from fairserve.cluster.counter_actor import without_keys
 from fairserve.cluster.replica import ModelReplica
 from fairserve.cluster.router import FairRouter
-from fairserve.config import FairServeArgs
+from fairserve.config import AdminKey, ApiKey, FairServeArgs
 from fairserve.settings import read_settings
 
 CONFIG_VARIABLE = "FAIRSERVE_CONFIG"
@@ -131,8 +133,30 @@ def build_ingress(args: FairServeArgs, model: serve.Application | DeploymentHand
     ).bind(with_hashed_keys(args).model_dump_json(), model)
 
 
-def build_app(args: FairServeArgs) -> serve.Application:
-    """The whole application."""
+class ServedArgs(FairServeArgs):
+    """Arguments that come through Serve's config file or command line, which Serve keeps as they are and shows to
+    everybody who reaches its status or Ray's dashboard."""
+
+    @model_validator(mode="after")
+    def _no_secret(self) -> Self:
+        groups: dict[str, Sequence[ApiKey | AdminKey]] = {"keys": self.api.keys, "admin_keys": self.api.admin_keys}
+        for name, keys in groups.items():
+            for index, key in enumerate(keys):
+                if key.key is not None:
+                    raise ValueError(
+                        f"api.{name}.{index} holds a secret in clear, and Serve shows its arguments: give key_sha256 "
+                        "(`fairserve keys hash`), or the keys in api.keys_file or the environment; then make a new key"
+                    )
+        return self
+
+
+def build_app(args: ServedArgs) -> serve.Application:
+    """The whole application. Serve makes ``args`` from what it was given; Python callers take :func:`application`."""
+    return application(args)
+
+
+def application(args: FairServeArgs) -> serve.Application:
+    """The same, for settings that Serve never sees: keys in clear are hashed."""
     return build_ingress(args, build_model(args))
 
 
@@ -155,4 +179,4 @@ def args_from_environment() -> FairServeArgs:
     return read_settings(Path(path).expanduser() if path else None)
 
 
-app = build_app(args_from_environment())
+app = application(args_from_environment())

@@ -30,7 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     options, late = parser.parse_known_args(argv)
     if any(word.startswith("-") for word in late) or (late and not hasattr(options, "words")):
-        parser.error(f"unrecognized arguments: {' '.join(late)}")
+        names = [word.partition("=")[0] for word in late if word.startswith("-")]  # the others may be their secrets
+        parser.error(f"unrecognized arguments: {' '.join(names) or 'a word too many'}")
     if late:  # argparse takes words before or after the options, not both
         options.words += late
     try:

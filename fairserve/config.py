@@ -18,7 +18,7 @@ GOODBYE_S = 15.0
 """A replica that has nothing left to run may still take this long to end: Serve looks every 2 s, the engine's last step
 may take 10 s, and the last report 1 s."""
 
-PositiveInt = Annotated[int, Field(gt=0)]
+PositiveInt = Annotated[int, Field(gt=0, lt=2**63)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 CLIENT_SEGMENT = "[A-Za-z0-9._:@-]{1,64}"
 GroupName = Annotated[str, Field(pattern=f"^{CLIENT_SEGMENT}(/{CLIENT_SEGMENT})?$")]

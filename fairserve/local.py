@@ -83,10 +83,10 @@ def running_app(args: FairServeArgs, *, quiet: bool = False, wait: bool = True) 
     """
     from ray import serve
 
-    from fairserve.app import build_app
+    from fairserve.app import application
 
     try:
-        serve.run(build_app(args), name=APP, route_prefix="/", logging_config=_logs(quiet))
+        serve.run(application(args), name=APP, route_prefix="/", logging_config=_logs(quiet))
         yield
     finally:
         serve.delete(APP, _blocking=wait)

@@ -261,5 +261,5 @@ class ClientChange(BaseModel):
 
     weight: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = None
     is_paused: bool = False
-    max_waiting: Annotated[int, Field(gt=0)] | None = None
-    requests_per_min: Annotated[int, Field(gt=0)] | None = None
+    max_waiting: Annotated[int, Field(gt=0, lt=2**63)] | None = None
+    requests_per_min: Annotated[int, Field(gt=0, lt=2**63)] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from enum import IntEnum
 from typing import Annotated, Any
@@ -19,7 +20,7 @@ from fairserve.api.admin_service import PAGE, AdminService
 from fairserve.api.http_errors import Problem, describe, request_id_of
 from fairserve.cluster.changes import KeyWanted, wrong
 from fairserve.config import CLIENT_PATH
-from fairserve.errors import FairServeError
+from fairserve.errors import FairServeError, InvalidRequest
 from fairserve.views import (
     AuditView,
     ClientChange,
@@ -81,6 +82,19 @@ ClientName = Annotated[str, Path(pattern=f"^{CLIENT_PATH}$", description="Flat o
 Who = Annotated[str, Depends(who_of)]
 
 
+def known_query_only(request: Request) -> None:
+    """
+    Raises:
+        InvalidRequest: a parameter that the route does not have: a misspelt one would change nothing, silently.
+    """
+    known = [field.alias for field in request.scope["route"].dependant.query_params]
+    for name in request.query_params:
+        if name not in known:
+            near = difflib.get_close_matches(name[:64], known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}"
+            raise InvalidRequest(f"there is no query parameter {name[:64]!r} here: {hint}", param=name[:64])
+
+
 def create_admin(provider: Callable[[], AdminService]) -> FastAPI:
     """The ASGI application to be mounted at ``PREFIX`` below an application with ``http_errors.Guard``."""
     app = FastAPI(
@@ -93,7 +107,7 @@ def create_admin(provider: Callable[[], AdminService]) -> FastAPI:
         redirect_slashes=False,
         generate_unique_id_function=lambda route: route.name,
         responses=ERRORS,
-        dependencies=[Security(KEY)],
+        dependencies=[Security(KEY), Depends(known_query_only)],
     )
     app.add_middleware(AdminDoor, admins=lambda: provider().admins)
     for kind in (FairServeError, HTTPException, RequestValidationError):

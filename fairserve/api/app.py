@@ -8,7 +8,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from fairserve.api import streaming
+from fairserve.api import openapi, streaming
 from fairserve.api.admin import PREFIX, create_admin
 from fairserve.api.admin_service import AdminService
 from fairserve.api.bodies import read_json
@@ -29,31 +29,40 @@ def create_app(
     ``admin_provider``: for /admin/v1; without it there is no such route. ``id_from_server``: true behind Ray Serve,
     whose proxy makes the ``x-request-id`` of request and response itself.
     """
-    app = FastAPI(title="fairserve", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    app = FastAPI(title="fairserve", docs_url=None, redoc_url=None, redirect_slashes=False)
     install(app, id_from_server=id_from_server)
+    openapi.describe(app)
 
-    @app.post("/v1/chat/completions")
+    @app.post(
+        "/v1/chat/completions",
+        openapi_extra=openapi.takes(ChatRequest),
+        responses=openapi.answered(openapi.ChatCompletion, is_generation=True),
+    )
     async def chat_completions(request: Request) -> Response:
         return await _generate(service_provider(), request, ChatRequest)
 
-    @app.post("/v1/completions")
+    @app.post(
+        "/v1/completions",
+        openapi_extra=openapi.takes(CompletionRequest),
+        responses=openapi.answered(openapi.Completion, is_generation=True),
+    )
     async def completions(request: Request) -> Response:
         return await _generate(service_provider(), request, CompletionRequest)
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses=openapi.answered(openapi.ModelList))
     async def models(request: Request) -> Response:
         service = service_provider()
         service.identify(request.headers)
         return JSONResponse({"object": "list", "data": service.models()})
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", responses=openapi.answered(openapi.Model))
     async def model(request: Request, name: str) -> Response:
         service = service_provider()
         service.identify(request.headers)
         service.check_model(name)
         return JSONResponse(service.models()[0])
 
-    @app.get("/health")
+    @app.get("/health", responses=openapi.HEALTH)
     async def health() -> Response:
         body = await service_provider().health()
         return JSONResponse(body, 200 if body["ready"] else 503)

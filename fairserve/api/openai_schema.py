@@ -12,7 +12,16 @@ import difflib
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError, from_json
 
 from fairserve.engine.request import SamplingParams
@@ -32,6 +41,34 @@ MIN_TEMPERATURE = 0.01
 
 Prompt = str | tuple[int, ...]
 """Text to tokenize, or token ids as they are."""
+
+
+# What the validators below accept, for the description.
+_TEXT_PART = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+    "additionalProperties": False,
+}
+_CONTENT = {"anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_PART}]}
+_STOP_STRING = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
+_STOP = {"anyOf": [_STOP_STRING, {"type": "array", "items": _STOP_STRING, "maxItems": MAX_STOP_STRINGS}]}
+_METADATA = {
+    "type": "object",
+    "maxProperties": MAX_PAIRS,
+    "propertyNames": {"maxLength": MAX_KEY_CHARS},
+    "additionalProperties": {"type": "string", "maxLength": MAX_VALUE_CHARS},
+}
+_TOKEN_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_STRINGS = {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1}
+_PROMPT = {
+    "anyOf": [
+        {"type": "string", "minLength": 1},
+        _STRINGS,
+        _TOKEN_IDS,
+        {"type": "array", "items": _TOKEN_IDS, "minItems": 1},
+    ]
+}
 
 
 def _refuse(kind: str, message: str, field: str = "") -> PydanticCustomError:
@@ -96,7 +133,7 @@ class Message(Body):
     }
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str
+    content: Annotated[str, WithJsonSchema(_CONTENT)]
     """Text, or a list of text parts, which are joined by newlines."""
     name: str | None = None
     tool_call_id: str | None = None
@@ -140,7 +177,7 @@ class Sampled(Body):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] = 1.0
-    stop: tuple[str, ...] = ()
+    stop: Annotated[tuple[str, ...], WithJsonSchema(_STOP)] = ()
     """One string or up to 16 of them; the text ends before the first that appears."""
     stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=128), FailFast()] = []
     ignore_eos: bool = False
@@ -148,7 +185,7 @@ class Sampled(Body):
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], WithJsonSchema(_METADATA)] | None = None
     """Up to 16 pairs of strings: keys of up to 64 characters, values of up to 512."""
 
     @field_validator("metadata", mode="before")
@@ -276,7 +313,7 @@ class CompletionRequest(Sampled):
 
     unsupported = {"logit_bias": ({},), "suffix": ("",), "echo": (False,)}
 
-    prompt: tuple[Prompt, ...]
+    prompt: Annotated[tuple[Prompt, ...], WithJsonSchema(_PROMPT)]
     """A string, a list of strings, a list of token ids, or a list of such lists."""
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     best_of: Annotated[int, Field(ge=1)] | None = None

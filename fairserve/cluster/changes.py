@@ -29,7 +29,7 @@ class KeyWanted(BaseModel):
     """Up to three segments joined by /, each 1-64 of A-Z a-z 0-9 . _ : @ -"""
     weight: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] = 1.0
     """The client's share relative to others."""
-    max_waiting: Annotated[int, Field(gt=0)] | None = None
+    max_waiting: Annotated[int, Field(gt=0, lt=2**63)] | None = None
     """Requests of this client that may wait; null: as the configuration says."""
     applications: tuple[str, ...] = ()
     """Application labels that callers with this key may send."""

@@ -54,8 +54,9 @@ def load_model(model: str, config: EngineConfig) -> LoadedModel:
         dtype = getattr(torch, dtype)
     try:
         with _no_progress_bar():
+            # Weights that are no safetensors are pickles: nothing that they hold may run.
             loaded = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, trust_remote_code=config.trust_remote_code
+                folder, dtype=dtype, trust_remote_code=config.trust_remote_code, weights_only=True
             )
     except Exception as error:
         raise _explain(model, folder, error) from error

@@ -89,7 +89,7 @@ def serve_app(ray_cluster: Any, http_port: int, tiny_model: Path) -> Iterator[Ca
     import ray
     from ray import serve
 
-    from fairserve.app import build_app
+    from fairserve.app import application
 
     running: dict[str, Served] = {}
 
@@ -109,7 +109,7 @@ def serve_app(ray_cluster: Any, http_port: int, tiny_model: Path) -> Iterator[Ca
                     **settings,
                 }
             )
-            serve.run(build_app(args), name=name, route_prefix=f"/{name}")
+            serve.run(application(args), name=name, route_prefix=f"/{name}")
             running[name] = Served(name, f"http://127.0.0.1:{http_port}/{name}", args)
         return running[name]
 

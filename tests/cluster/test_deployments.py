@@ -162,3 +162,18 @@ def test_clear_keys_never_reach_serves_arguments() -> None:
     hashed = with_hashed_keys(FairServeArgs.model_validate({"api": api}))
     assert "very-secret" not in hashed.model_dump_json()
     assert hashed.api.admin_keys[0].digest == key_digest("very-secret-admin")
+
+
+@pytest.mark.parametrize("name", ["keys", "admin_keys"])
+def test_a_secret_in_clear_in_what_serve_shows_is_refused_and_not_told(name: str) -> None:
+    from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
+
+    from fairserve.app import build_app
+
+    entry = {"client" if name == "keys" else "name": "ann", "key": "very-secret-key"}
+    with pytest.raises(ValueError, match=rf"api\.{name}\.0 holds a secret in clear.*key_sha256") as raised:
+        call_user_app_builder_with_args_if_necessary(build_app, {"api": {name: [entry]}})
+    assert "very-secret" not in str(raised.value) and "very-secret" not in repr(raised.value)
+    hashed = {**entry, "key_sha256": key_digest("very-secret-key")}
+    del hashed["key"]
+    assert call_user_app_builder_with_args_if_necessary(build_app, {"api": {name: [hashed]}})
