@@ -138,9 +138,9 @@ def _described(app: FastAPI) -> Json:
 
 def _as_read(kind: type[Body], schema: Json) -> Json:
     """``null`` means left out, and what is not supported may ask for nothing."""
-    required = schema.get("required", [])
+    required, null = schema.get("required", []), {"type": "null"}
     properties = {
-        name: one if name in required else {"anyOf": [one, {"type": "null"}]}
+        name: one if name in required or null in one.get("anyOf", ()) else {"anyOf": [one, null]}
         for name, one in schema["properties"].items()
     }
     neutral = {name: {"enum": [*values, None]} for name, values in kind.unsupported.items()}

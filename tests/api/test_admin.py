@@ -263,6 +263,24 @@ async def test_the_openapi_description_is_valid_and_complete(house: House) -> No
     assert "ClientView" in description["components"]["schemas"]
 
 
-async def test_the_openai_routes_have_no_description(house: House) -> None:
+async def test_the_openai_routes_are_described_apart_and_for_everybody(house: House) -> None:
+    async with house.http(None) as http:
+        description = (await http.get("http://fairserve/openapi.json")).json()
+    validate(description)
+    assert set(description["paths"]) == {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/models",
+        "/v1/models/{name}",
+        "/health",
+    }
+    fields = description["components"]["schemas"]["ChatRequest"]["properties"]
+    assert fields["temperature"]["anyOf"][1] == {"type": "null"}, "null means left out"
+    assert fields["tools"] == {"enum": [[], None]}, "not supported: it may ask for nothing"
+
+
+async def test_a_query_parameter_that_nobody_knows_is_refused_with_the_nearest(house: House) -> None:
     async with house.http() as http:
-        error_of(await http.get("http://fairserve/openapi.json"), 404)
+        error = error_of(await http.get("/clients?limt=5"), 400)
+        assert error["param"] == "limt" and "did you mean 'limit'?" in error["message"]
+        assert "known: none" in error_of(await http.get("/keys?limit=5"), 400)["message"]
