@@ -92,8 +92,9 @@ class CounterService:
         self._config: CounterConfig = deployed.counter
         self._session_folder = session_folder
         self._unix_s = unix_s
+        self._clock = clock or SystemClock()
         epoch = epoch or time.time_ns()
-        self._saver = Saver(lambda: cluster_id(id_memory), epoch, unix_s)
+        self._saver = Saver(lambda: cluster_id(id_memory), epoch, unix_s, self._clock.now_s)
         self._keeper = Keeper(self._store_of(self._config), live_memory)
         self._seen_live: str | None = None
         state, audit = self._keeper.begin()
@@ -103,7 +104,6 @@ class CounterService:
         for client, control in state.controls.items():
             self._controls.put(client, control)
         self._args = self._desk.in_force
-        self._clock = clock or SystemClock()
         self._on_idle = on_idle
         self._log_file: LineFile | None = None
         if self._config.decision_log_path:
@@ -398,7 +398,9 @@ class CounterService:
             return restored, why
         try:
             found = store.load()
-            if found is not None:
+            if found is None:
+                self._saver.go_on(None)
+            else:
                 head, snapshot = found
                 is_mine = head.cluster in ("", self._saver.cluster) or not self._config.is_in_redis
                 self._dispatcher.load(snapshot if is_mine else adopted(head, snapshot))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
@@ -35,7 +34,7 @@ class Saver:
         cluster: Callable[[], str],
         life: int,
         unix_s: Callable[[], float],
-        now_s: Callable[[], float] = time.monotonic,
+        now_s: Callable[[], float],
     ) -> None:
         self._find_cluster = cluster
         self._cluster = ""
@@ -54,7 +53,8 @@ class Saver:
         return self._cluster
 
     def go_on(self, head: Head | None) -> None:
-        """This life counts on from the snapshot with this head; None: from one of another cluster."""
+        """This life counts on from the snapshot with this head. None: from one of another cluster, or from the very
+        beginning of all."""
         self._knows_others = True
         if head is None:
             return
