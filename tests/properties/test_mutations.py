@@ -11,8 +11,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from hypothesis import Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
 
 from fairserve.dispatch.capacity import ReplicaRoom
+from fairserve.dispatch.cut import Changes
 from fairserve.dispatch.dispatcher import Dispatcher
 from fairserve.dispatch.leases import Waiting, scaled
 from fairserve.dispatch.ledger import Ledger
@@ -26,6 +29,7 @@ from fairserve.fairness.vtc import Vtc
 from fairserve.fairness.waiting import WaitingClients
 from tests.properties.bound_runs import violations
 from tests.properties.crowd import Crowd, Habit
+from tests.properties.test_life import Life
 from tests.toy_cluster import Lossy, Perfect, ToyCluster
 
 SEEDS = range(20)
@@ -202,3 +206,54 @@ def test_charges_are_what_was_delivered_as_long_as_nothing_is_taken_out() -> Non
 def test_charges_differ_from_delivery_without(owner: type, method: str, instead: Callable[..., Any]) -> None:
     with removed(owner, method, instead):
         assert any(map(charges_differ_from_delivery, SEEDS))
+
+
+# -- any interleaving -------------------------------------------------------------------------------------------------
+
+
+def merge_whatever_comes(self: Ledger, report: StepReport, *, as_baseline: bool = False) -> dict[str, Totals] | None:
+    """An overtaken report is the newest to it."""
+    book = self._books.get((report.replica, report.incarnation))
+    if book is not None:
+        book.seq = min(book.seq, report.seq - 1)
+    return merge(self, report, as_baseline=as_baseline)
+
+
+def read_late(self: Changes[Any, Any], keys: Any) -> None:
+    """What changes while a cut is read is read as it is then."""
+
+
+def tell_nothing(self: Changes[Any, Any], keys: Any) -> None:
+    """The next cut does not hold what changed."""
+    self.before_unkept(keys)
+
+
+def run_life() -> None:
+    """Without the search for a shorter example, and the same every time."""
+    quick = settings(
+        max_examples=100,
+        stateful_step_count=50,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        phases=[Phase.generate],
+        report_multiple_bugs=False,
+        print_blob=False,
+    )
+    run_state_machine_as_test(Life, settings=quick)  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize(
+    ("owner", "method", "instead"),
+    [
+        (Ledger, "merge", merge_repeats),
+        (Ledger, "merge", merge_whatever_comes),
+        (Dispatcher, "_requeue", requeue_without_refund),
+        (Changes, "before_unkept", read_late),
+        (Changes, "before", tell_nothing),
+    ],
+    ids=["a repeat changes nothing", "nor does an overtaken report", "the refund", "copy on write", "telling changes"],
+)
+def test_some_life_goes_wrong_without(owner: type, method: str, instead: Callable[..., Any]) -> None:
+    with removed(owner, method, instead), pytest.raises(AssertionError):
+        run_life()
