@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from rich.live import Live
 from rich.text import Text
 
-from fairserve import cli_tables, client
+from fairserve import cli_counters, cli_tables, client
 from fairserve.client import ENV_ADMIN_KEY, Connection
 from fairserve.config import CounterConfig
 from fairserve.errors import ConfigError, CounterUnreachable, InvalidRequest
@@ -183,7 +183,8 @@ def add(commands: Any, keys: Any, command: MakeCommand) -> None:
     live(keys, "list", list_keys, "list the keys made with `keys create`, with --url those of the configuration too")
 
     live(commands, "replicas", show_replicas, "the model replicas of the running service")
-    live(commands, "counters", show_counters, "the counter of every client of the running service")
+    made = live(commands, "counters", show_counters, "the counter of every client of the running service")
+    cli_counters.add(made.add_subparsers(metavar="COMMAND"), live)
     under = group("settings", "the settings that can be changed while the service runs")
     live(under, "list", list_settings, "list them: in force, and as deployed")
     made = live(under, "set", set_settings, "change some, from the next pick on; all or none")

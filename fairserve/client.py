@@ -213,6 +213,20 @@ class Connection:
         """
         return typed(KeyView, self._door.change("revoke_key", id=id))
 
+    # -- moving counters between clusters; over Ray only ---------------------------------------------------------------
+
+    def export_counters(self) -> dict[str, Any]:
+        """Counters and totals of one moment, as plain values that are JSON."""
+        return dict(self._door.ask("export_counters"))
+
+    def import_counters(self, document: dict[str, Any]) -> int:
+        """Lay the counters of an export over those in force. Returns how many clients it names.
+
+        Raises:
+            InvalidRequest: it is no export, or something in it is wrong.
+        """
+        return int(self._door.change("import_counters", exported=document))
+
     def _set_client(self, client: str, **fields: Any) -> ClientView:
         asked = changes.change_of(fields).model_dump(exclude_unset=True)
         return typed(ClientView, self._door.change("set_client", name=client, change=asked))

@@ -24,6 +24,7 @@ from fairserve.errors import (
 from fairserve.views import KeyView, NewKey
 
 PREFIX = "/admin/v1"
+NOT_OVER_HTTP = "all counters at once are too large for the admin API: reach the service over Ray, by its address"
 
 
 class Door(Protocol):
@@ -113,6 +114,8 @@ class HttpDoor:
         self._url = _without_user(url.rstrip("/"))
 
     def ask(self, method: str, **arguments: Any) -> Any:
+        if method == "export_counters":
+            raise InvalidRequest(NOT_OVER_HTTP)
         if method == "client":
             return self._send("GET", _client_path(arguments["name"]), arguments)
         names = {"clients": "client", "since_s": "since", "resolution_s": "resolution"}
@@ -126,6 +129,8 @@ class HttpDoor:
                 return self._send("PATCH", _client_path(arguments["name"]), arguments, json=arguments["change"])
             case "set_settings":
                 return self._send("PATCH", "/settings", arguments, json=arguments["change"])
+            case "import_counters":
+                raise InvalidRequest(NOT_OVER_HTTP)
             case "revoke_key":
                 return self._send("DELETE", f"/keys/{quote(arguments['id'], safe='')}", arguments)
         raise AssertionError(method)

@@ -403,7 +403,8 @@ class CounterService:
             else:
                 head, snapshot = found
                 is_mine = head.cluster in ("", self._saver.cluster) or not self._config.is_in_redis
-                self._dispatcher.load(snapshot if is_mine else adopted(head, snapshot))
+                alive = {one.cluster for one in store.heads()}
+                self._dispatcher.load(snapshot if is_mine else adopted(head, snapshot, alive))
                 restored = "snapshot"
                 self._saver.go_on(head if is_mine else None)
         except OSError as error:

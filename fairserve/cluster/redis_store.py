@@ -140,24 +140,21 @@ class RedisStore:
                 pipe.set(self._key(mine, "head"), head.dump())
                 pipe.sadd(f"{self._prefix}:clusters", mine)
                 pipe.execute()
+            if cut.is_whole:
+                self._forget_silent()
 
     def load(self) -> tuple[Head, Snapshot] | None:
         with self._asking("read"):
-            heads = {head.cluster: head for head in self._heads() if isinstance(head, Head)}
+            heads = {head.cluster: head for head in self._heads() if head is not None}
             mine = self._redis.get(self._key(self.cluster, "head"))
             if mine is not None:
                 head = Head.load(mine)
             elif heads:
                 head = max(heads.values(), key=lambda head: head.saved_s)
-                self._forget_silent(heads.values(), head)
             else:
                 return None
             self._history_of = head.cluster
             return self._load(head.cluster)
-
-    def load_of(self, cluster: str) -> tuple[Head, Snapshot]:
-        with self._asking("read"):
-            return self._load(cluster)
 
     def set_aside(self) -> str:
         with self._asking("written") as db:
@@ -173,13 +170,13 @@ class RedisStore:
 
     def heads(self) -> list[Head]:
         with self._asking("read"):
-            return [head for head in self._heads() if isinstance(head, Head)]
+            return [head for head in self._heads() if head is not None]
 
     def others(self, known: Mapping[tuple[str, int], int]) -> list[Published]:
         with self._asking("read") as db:
             found = []
             for head in self._heads():
-                if not isinstance(head, Head) or head.cluster == self.cluster:
+                if head is None or head.cluster == self.cluster:
                     continue
                 since = known.get((head.cluster, head.incarnation), 0)
                 if head.seq <= since:
@@ -266,9 +263,10 @@ class RedisStore:
         kinds = ("head", *_KINDS, *(f"book:{field}" for field in books))
         pipe.delete(*(self._key(cluster, kind) for kind in kinds))
 
-    def _forget_silent(self, heads: Iterable[Head], source: Head) -> None:
-        for head in heads:
-            if head is not source and head.saved_s < self._unix_s() - FORGET_S:
+    def _forget_silent(self) -> None:
+        """What those served is in the snapshots of all that go on."""
+        for head in self._heads():
+            if head is not None and head.saved_s < self._unix_s() - FORGET_S and head.cluster != self.cluster:
                 self._delete(self._redis, head.cluster, self._redis.hkeys(self._key(head.cluster, "books")))
                 self._redis.delete(self._key(head.cluster, "history", "60"))
                 self._redis.srem(f"{self._prefix}:clusters", head.cluster)

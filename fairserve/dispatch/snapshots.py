@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from fairserve.dispatch.cut import SNAPSHOT_VERSION, Cut, Node
@@ -104,9 +104,10 @@ def read_document(data: Any) -> tuple[Head, Snapshot]:
         raise ValueError(f"format_version {data.get('format_version')!r}, this fairserve reads {EXPORT_VERSION}")
     try:
         head = Head.load(json.dumps(data["head"]))
-        counters = {
-            _name(node): [float(counter), float(weight)] for node, (counter, weight) in data["counters"].items()
-        }
+        for node, row in data["counters"].items():
+            if len(row) != 2:
+                raise ValueError(f"counters: {_name(node)!r} has {row!r}, not a counter and a weight")
+        counters = {_name(node): [float(value) for value in row] for node, row in data["counters"].items()}
         for node, (counter, weight) in counters.items():
             if not (math.isfinite(counter) and math.isfinite(weight) and weight > 0):
                 raise ValueError(f"counters: {node!r} has counter {counter} and weight {weight}; weights are above 0")
@@ -122,11 +123,6 @@ def read_document(data: Any) -> tuple[Head, Snapshot]:
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"something is missing or of the wrong kind: {error!r}") from error
     return head, {**snapshot, "last_to_leave": last}
-
-
-def relabelled(head: Head, cluster: str, now_s: float) -> Head:
-    """For a snapshot that is put into a store by hand: newer than all that are there."""
-    return replace(head, cluster=cluster, saved_s=now_s, seq=head.seq + 1)
 
 
 def _name(value: Any) -> str:
