@@ -245,6 +245,6 @@ def dispatcher_of(policy: str) -> Dispatcher:
     """An authority whose queue is never full and whose patience never ends."""
     name, _, prediction = policy.partition("+")
     fairness = FairnessConfig.model_validate({"policy": name, "prediction": prediction or "none"})
-    limits = {"lookahead": 0, "max_waiting": 10**8, "max_waiting_per_client": 10**8}
+    limits = {"lookahead": 0, "max_waiting": 10**8, "max_waiting_per_client": 10**8, "max_clients": 10**8}
     patience = {"replica_stale_s": 10**6, "replica_dead_s": 10**7, "router_dead_s": 10**7, "lease_s": 10**6}
     return make_dispatcher(fairness, DispatchConfig.model_validate(limits | patience), epoch=1)

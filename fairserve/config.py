@@ -146,10 +146,9 @@ class DispatchConfig(Strict):
     max_waiting_per_client: PositiveInt = 2_000
     """Requests of one client that may wait; a key may set its own limit."""
     max_clients: PositiveInt = 100_000
-    """Names of clients (and of the organisations and teams above them) that are remembered, with what they were served.
-    Beyond, idle ones are forgotten, first those whose counters are least ahead of the others': what that may forgive,
-    `fairserve/dispatch/forgetting.py` says. Clients that wait, run or are set live are never forgotten. Where callers
-    have API keys, keep it above the number of clients. 100,000 names take about 300 MB in the counter actor."""
+    """Idle clients that are remembered, with what they were served. Beyond, they are forgotten, first those whose
+    counters are least ahead of the others': what that may forgive, `fairserve/dispatch/forgetting.py` says. Clients
+    that wait, run or are set live are never forgotten. Where callers have API keys, keep it above their number."""
     lease_s: PositiveFloat = 5.0
     """Seconds until a grant that no replica has confirmed lapses: charge returned, request back in its place."""
     replica_stale_s: PositiveFloat = 5.0

@@ -6,13 +6,15 @@ knows about fairness.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from fairserve.dispatch.dispatcher import Dispatcher, DispatchLimits
 from fairserve.dispatch.messages import Grant, ReportReply, RouterReply, StepReport, Submit
-from fairserve.dispatch.replica_book import LocalBook, Reporter
+from fairserve.dispatch.replica_book import KEPT_ACCOUNTS, LocalBook, Reporter
 from fairserve.dispatch.router_book import RouterBook
 from fairserve.errors import Refused
 from fairserve.fairness.catalog import make_policy
@@ -172,7 +174,9 @@ class ToyCluster:
     replica and router.
 
     ``shapes``: of each replica, instead of ``num_replicas`` of ``slots`` and ``kv_tokens``. ``swallow()``: whether a
-    router loses the grant that it has just got, as one that dies with it would; the lease must lapse.
+    router loses the grant that it has just got, as one that dies with it would; the lease must lapse. ``keeps``: a
+    snapshot outlives the authority only once :meth:`save` has made it; else one is made in the moment of a crash.
+    ``kept_accounts``: of replicas.
     """
 
     def __init__(
@@ -193,11 +197,16 @@ class ToyCluster:
         prediction: str = "none",
         group_weights: Mapping[str, float] | None = None,
         swallow: Callable[[], bool] = lambda: False,
+        keeps: bool = False,
+        kept_accounts: int = KEPT_ACCOUNTS,
     ) -> None:
         self.policy, self.cost = policy, cost or WeightedTokens()
         self.prediction, self.group_weights = prediction, group_weights
         self.limits = limits or DispatchLimits(lookahead=lookahead)
         self._swallow = swallow
+        self._keeps, self._kept_accounts = keeps, kept_accounts
+        self._saved: dict[str, Any] | None = None
+        self._saved_acks: dict[tuple[str, int], int] = {}
         self.network = network or Perfect()
         self.now_s = 0.0
         self.step_s, self.report_every = step_s, report_every
@@ -233,7 +242,8 @@ class ToyCluster:
             group_weights=self.group_weights,
             tracks_outputs=self.prediction != "none",
         )
-        replica = ToyReplica(name, book, Reporter(name, incarnation), shape, self.cost, self.served, incarnation)
+        reporter = Reporter(name, incarnation, self._kept_accounts)
+        replica = ToyReplica(name, book, reporter, shape, self.cost, self.served, incarnation)
         self.replicas[name] = replica
         return replica
 
@@ -290,10 +300,15 @@ class ToyCluster:
 
     def crash_authority(self, *, snapshot: bool) -> None:
         """The counter actor dies and comes back with an older snapshot, or with nothing."""
-        data = self.dispatcher.dump() if snapshot else None
+        data = (self._saved if self._keeps else self.dispatcher.dump()) if snapshot else None
         self.dispatcher = self._new_dispatcher(self.dispatcher.epoch + 1)
         if data is not None:
             self.dispatcher.load(data)
+
+    def save(self) -> None:
+        """As the counter actor does, about once a second."""
+        self._saved_acks = self.dispatcher.ledger.acks()
+        self._saved = json.loads(json.dumps(self.dispatcher.dump()))
 
     # -- time ---------------------------------------------------------------------------------------------------------
 
@@ -331,6 +346,9 @@ class ToyCluster:
         )
 
     def deliver_report_reply(self, replica: ToyReplica, reply: ReportReply) -> None:
+        if self._keeps:
+            saved = self._saved_acks.get((replica.name, replica.incarnation), 0)
+            reply = replace(reply, saved=min(reply.ack, saved))
         reported = replica.reporter.replied(reply)
         if reported is not None:
             replica.book.apply_counters(reply.counters, reported)

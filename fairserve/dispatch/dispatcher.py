@@ -232,6 +232,7 @@ class Dispatcher:
             self._waits_again(submit, now_s)
         session.requests.add(submit.request_id)
         rise = self.room.enter(waiting)
+        self._idlers.look_at(client)
         self.num_lifts += rise > 0
         self.notes.entered(client, rise, now_s)
         if self._log is not None:
@@ -245,7 +246,7 @@ class Dispatcher:
         self.notes.refused(submit.client, error, now_s)
         self.throttle.num_throttled += isinstance(error, InteractionThrottled)
         self._mark(submit.client)
-        self._idlers.rests(submit.client)
+        self._idlers.look_at(submit.client)
         if self._log is not None:
             self._log.refused(submit, error, now_s)
 
@@ -259,7 +260,7 @@ class Dispatcher:
         is_under_way = self.interactions.is_under_way(client)
         if is_under_way != self.queue.is_under_way(client):
             self.queue.set_under_way(client, is_under_way)
-            self._idlers.rests(client)
+            self._idlers.look_at(client)
 
     # -- events from replicas ---------------------------------------------------------------------------------------
 
@@ -324,7 +325,7 @@ class Dispatcher:
             self.capacity.report(report, now_s)
         watch.observe(clients)
         for client in owners.values():
-            self._idlers.rests(client)
+            self._idlers.look_at(client)
 
     def _charge(self, account: str, service: float) -> float:
         """It was served; returns what it adds to the client's counter at the top level."""
@@ -544,7 +545,7 @@ class Dispatcher:
                 self.interactions.ended(submit.client, submit.interaction, request_id, num_tokens, now_s)
             self.watch.observe_one(submit.client)
             self.notes.moved(submit.client, now_s)
-            self._idlers.rests(submit.client)
+            self._idlers.look_at(submit.client)
         return waiting
 
     def _cancel(self, request_id: str, now_s: float) -> None:
@@ -563,7 +564,7 @@ class Dispatcher:
         self.num_lifts += self.room.regroup(client) > 0
         self.watch.observe_one(client)
         self.notes.moved(client, now_s)
-        self._idlers.rests(client)
+        self._idlers.look_at(client)
         if self._log is not None:
             self._log.changed(client, control, now_s)
         self.dispatch(now_s)
@@ -610,6 +611,7 @@ class Dispatcher:
             session.requests.add(request_id)
             self._waits_again(waiting.submit, now_s)
             rise = self.room.enter(waiting)
+            self._idlers.look_at(waiting.submit.client)
             self.num_lifts += rise > 0
             self.notes.entered(waiting.submit.client, rise, now_s)
             self.watch.observe_one(waiting.submit.client)
@@ -676,8 +678,8 @@ class Dispatcher:
         return is_controlled or self.leases.num_of(client) > 0 or self.room.num_waiting(client) > 0
 
     def _forget_idle(self) -> None:
-        """Too many names are known: those whose forgetting forgives least go (``dispatch/forgetting.py``)."""
-        while len(self.queue.table) > self.limits.max_clients and (first := self._idlers.first()) is not None:
+        """Too many clients are idle: those whose forgetting forgives least go (``dispatch/forgetting.py``)."""
+        while len(self._idlers) > self.limits.max_clients and (first := self._idlers.first()) is not None:
             client, lead = first
             self.num_forgotten += 1
             self.most_forgiven = max(self.most_forgiven, lead)
@@ -736,7 +738,7 @@ class Dispatcher:
         self.ledger.load(data["ledger"])
         self._knows_the_past = True
         for client in data["counters"]:
-            self._idlers.rests(client)
+            self._idlers.look_at(client)
         self._forget_idle()
 
     def check(self) -> None:

@@ -5,10 +5,11 @@ is remembered keeps its counter if that is higher. So for an idle client at or b
 coming back as a newcomer is the same as being remembered: the level only rises, but for charges that return (D of
 ``fairness/bounds.py``). A client *ahead* of the level has a debt, at most U + D + C: forgotten, it would begin anew.
 
-**The rule.** Nobody is forgotten as long as at most ``max_clients`` names are known. Beyond, the idle client that is
+**The rule.** Nobody is forgotten as long as at most ``max_clients`` clients are idle. Beyond, the idle one that is
 least ahead goes first, so that debts go only when everybody who is idle has one, and then the least. Idle means: no
-request waits or is granted, no interaction is under way, nothing is set live, and newcomers are not lifted to where it
-stands. Whoever is active stays; their number is bounded by the limits of the queue and by the replicas' slots.
+request waits or is granted, no interaction is under way, and nothing is set live; the one by whom newcomers are lifted
+when nobody waits stays, too. Whoever is active is not counted: their number is bounded by the limits of the queue and
+by the replicas' slots, and if they counted, a crowd of names that wait could push out everybody who does not.
 
 **What an attacker gains.** One debt, at most U + D + C, each time that ``max_clients`` other names are idle and at
 least as far ahead. Whoever can do that sends under names that it makes up, and the next new name owes nothing anyway,
@@ -54,10 +55,14 @@ class Idlers:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def rests(self, client: str) -> None:
-        """It may be idle now. No effect if it is not."""
-        if not is_group(client) and client in self._queue.table and self._is_idle(client):
+    def look_at(self, client: str) -> None:
+        """It may have become idle, or active."""
+        if client not in self._queue.table or is_group(client):
+            return
+        if self._is_idle(client):
             self._push(client)
+        else:
+            self._entries.pop(client, None)
 
     def first(self) -> tuple[str, float] | None:
         """Who goes first, and by how much it is ahead of a newcomer; None when nobody may be forgotten."""

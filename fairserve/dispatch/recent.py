@@ -94,6 +94,8 @@ class Recent:
         self.num_refused: dict[str, int] = {}
         """By client, since the authority began."""
         self.num_all_refused = 0
+        self._forgotten: set[str] = set()
+        """In the second under way."""
         self._second: int | None = None
         self._began_s = 0.0
 
@@ -121,6 +123,7 @@ class Recent:
     def forget(self, client: str) -> None:
         for table in (self._waits, self._seen_s, self.num_refused):
             table.pop(client, None)
+        self._forgotten.add(client)
 
     def granted(self, client: str, waited_s: float, now_s: float) -> None:
         waits = self._waits.get(client)
@@ -151,7 +154,9 @@ class Recent:
             self._second, self._began_s = second, now_s
         elif second > self._second:
             for client in self._service.close(self._second):
-                self.seen(client, now_s)
+                if client not in self._forgotten:
+                    self.seen(client, now_s)
+            self._forgotten.clear()
             self._shares.close(self._second)
             self._tokens.close(self._second)
             if second // SHARE_S > self._second // SHARE_S:
