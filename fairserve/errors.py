@@ -29,6 +29,7 @@
     +-- GrafanaFailed               Grafana refused, is not there, or does not hold the newest dashboards
     +-- ReplicaFailed               the replica's engine failed (HTTP 503)
         +-- ReplicaDied             the replica, or its engine, is gone: it serves nobody any more
+    +-- ModelFailed                 the model fails on this very request (HTTP 500, not to be retried)
 
 Every error carries its numbers as attributes and survives pickling, because it may cross processes.
 """
@@ -280,3 +281,10 @@ class ReplicaFailed(FairServeError):
 
 class ReplicaDied(ReplicaFailed):
     message = "the replica that served this request died: {detail}"
+
+
+class ModelFailed(FairServeError):
+    message = "the model failed on this request: {detail}"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail=detail)

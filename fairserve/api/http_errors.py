@@ -2,7 +2,7 @@
 
 ::
 
-    400 InvalidRequest, PromptTooLong      408 BodyTooSlow           500 anything unexpected (logged with its id)
+    400 InvalidRequest, PromptTooLong      408 BodyTooSlow           500 ModelFailed; what is unexpected (logged)
     401 Unauthenticated                    413 BodyTooLarge          503 ReplicaFailed, CounterUnreachable,
     403 AdminKeyRequired                   415 WrongContentType          ChangeNotKept
     404 UnknownModel, UnknownClient,       429 Refused               504 RequestTimeout
@@ -35,6 +35,7 @@ from fairserve.errors import (
     CounterUnreachable,
     FairServeError,
     HeadersTooLarge,
+    ModelFailed,
     Refused,
     ReplicaFailed,
     RequestError,
@@ -114,6 +115,13 @@ def describe(error: Exception, request_id: str) -> Problem:
             message = f"the replica that served this request failed: try again (request {request_id})"
             wait = {"retry-after": str(REPLICA_RETRY_S)}
             return Problem(503, message, "server_error", None, "replica_failed", wait)
+        case ModelFailed():
+            logger.warning("request %s: %s", request_id, error)
+            message = (
+                "the model failed on this request and on no other: it raised an error, or its output was no number; "
+                f"sent again unchanged it will most likely fail again (request {request_id})"
+            )
+            return Problem(500, message, "server_error", None, "model_error", {"x-should-retry": "false"})
         case CounterUnreachable():
             wait = {"retry-after": str(COUNTER_RETRY_S)}
             return Problem(503, str(error), "server_error", None, "counter_unreachable", wait)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
-from fairserve.engine.request import RequestOutput, joined
+from fairserve.engine.request import RequestOutput, failure, joined
 from fairserve.errors import ReplicaFailed
 
 Batch = dict[int, RequestOutput]
@@ -21,7 +21,8 @@ async def merged(streams: Sequence[AsyncIterator[RequestOutput]]) -> AsyncGenera
     stream that still runs, and returns when they have ended.
 
     Raises:
-        ReplicaFailed: a stream reported an error or an abort, or ended without a finish reason.
+        ReplicaFailed: a stream reported an abort, or ended without a finish reason.
+        FairServeError: a stream reported an error, see :func:`fairserve.engine.request.failure`.
         Exception: whatever a stream raised.
     """
     assert streams, "nothing to wait for"
@@ -71,8 +72,10 @@ async def _checked(stream: AsyncIterator[RequestOutput]) -> AsyncGenerator[Reque
     is_finished = False
     try:
         async for output in stream:
-            if output.finish_reason in ("error", "abort"):
-                raise ReplicaFailed(output.error or f"it ended the request with {output.finish_reason!r}")
+            if output.finish_reason == "error":
+                raise failure(output)
+            if output.finish_reason == "abort":
+                raise ReplicaFailed("it ended the request with 'abort'")
             is_finished = is_finished or output.finish_reason is not None
             yield output
     finally:

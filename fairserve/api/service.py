@@ -44,6 +44,7 @@ class Backend(Protocol):
         Raises:
             Refused: no room now; raised by the iterator before its first output.
             ReplicaFailed: the replica died or its engine failed.
+            ModelFailed: the model failed on this very request.
         """
         ...
 

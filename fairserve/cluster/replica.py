@@ -23,7 +23,7 @@ from fairserve.cluster.tracing import NO_TRACING, PhaseSpans, Tracer, make_traci
 from fairserve.config import FairServeArgs
 from fairserve.dispatch.replica_book import BookEvents, LocalBook, Reporter
 from fairserve.engine.events import Limits, StepEvents
-from fairserve.engine.request import GenerateRequest, RequestOutput, Usage
+from fairserve.engine.request import GenerateRequest, RequestOutput, Usage, failure
 from fairserve.errors import ReplicaDied, ReplicaFailed
 
 logger = logging.getLogger(__name__)
@@ -111,7 +111,9 @@ class ReplicaCore:
 
         Raises:
             ReplicaFailed: the engine failed this request, or has a request of this id already.
-            ReplicaDied: the engine has ended.
+            ReplicaDied: the engine is broken, or has ended.
+            ModelFailed: the model failed on this very request.
+            InvalidRequest: the engine does not take it.
         """
         request_id = request.request_id
         if self._is_draining and self.is_healthy:
@@ -134,8 +136,11 @@ class ReplicaCore:
                     spans.saw(output)
                     reason = output.finish_reason or reason
                 if output.finish_reason == "error":
+                    error = failure(output)
                     is_gone = self._is_leaving or not self.is_healthy
-                    raise (ReplicaDied if is_gone else ReplicaFailed)(output.error or "the engine failed")
+                    if is_gone and isinstance(error, ReplicaFailed):
+                        error = ReplicaDied(output.error or "the engine failed")
+                    raise error
                 yield output
         finally:
             del self._streams[request_id]
@@ -164,6 +169,11 @@ class ReplicaCore:
     @property
     def is_healthy(self) -> bool:
         return bool(self._engine_loop.is_alive())
+
+    @property
+    def why_ended(self) -> str:
+        """Of a replica that is not healthy."""
+        return f"{ENDED}: {self._engine_loop.ended}"
 
     # -- engine thread ------------------------------------------------------------------------------------------------
 
@@ -233,17 +243,22 @@ class ReplicaCore:
         self._metrics.export(self._newest, self._clock.now_s())
         if not self.is_healthy:
             self._fail_all()
-            if not self._is_draining:  # one last report; what is silent then is granted nothing either
-                self._is_draining = True
-                await self._report()
+            await self._say_goodbye()
         elif await self._report():
             self._give_back()
         else:
             await asyncio.sleep(RETRY_S)
 
+    async def _say_goodbye(self) -> None:
+        """Tell the last tokens, and room for nothing; then no more reports: what is silent is granted nothing."""
+        if not self._is_leaving or self._reporter.has_news:
+            self._is_leaving = True
+            await self._report()
+
     def _fail_all(self) -> None:
         for request_id, stream in self._streams.items():
-            stream.put(RequestOutput(request_id, "", (), Usage(0, 0, 0), finish_reason="error", error=ENDED))
+            error = self.why_ended
+            stream.put(RequestOutput(request_id, "", (), Usage(0, 0, 0), finish_reason="error", error=error))
 
     async def _report(self) -> bool:
         """One report, and its reply into the local book; False when none came."""
@@ -341,10 +356,10 @@ class ModelReplica:
     async def check_health(self) -> None:
         """
         Raises:
-            RuntimeError: the engine thread is gone; Serve then replaces the replica.
+            RuntimeError: the engine is broken, or its thread gone; Serve then replaces the replica.
         """
         if not self._core.is_healthy:
-            raise RuntimeError(ENDED)
+            raise RuntimeError(self._core.why_ended)
 
     async def __del__(self) -> None:
         core = getattr(self, "_core", None)

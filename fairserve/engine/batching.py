@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from fairserve.engine.budget import StepBudget
 from fairserve.engine.hooks import Account, WaitingQueue
 from fairserve.engine.kv_blocks import KVBlocks
 from fairserve.engine.request import GenerateRequest, Usage
@@ -95,8 +96,13 @@ class StepPlan:
         yield from self.decodes
         yield from self.prefills
 
-    def __bool__(self) -> bool:
-        return bool(self.decodes or self.prefills)
+    def __len__(self) -> int:
+        return len(self.decodes) + len(self.prefills)
+
+    def part(self, begin: int, end: int) -> StepPlan:
+        """The chunks [begin, end) in the order of iteration."""
+        num = len(self.decodes)
+        return StepPlan(self.decodes[begin:end], self.prefills[max(0, begin - num) : max(0, end - num)])
 
 
 class Batcher:
@@ -121,8 +127,7 @@ class Batcher:
         self._queue = queue
         self._account = account
         self._max_num_seqs = max_num_seqs
-        # All decodes go first; with fewer tokens than slots some of them would starve.
-        self._budget = max(max_num_batched_tokens, max_num_seqs)
+        self._budget = StepBudget(max_num_batched_tokens, max_num_seqs)
         self._max_model_len = max_model_len
         self._preempt_gap = preempt_gap
         self._cached_tokens = cached_tokens
@@ -159,7 +164,7 @@ class Batcher:
         for sequence in self._running.values():
             is_decode = sequence.num_computed > 0 and sequence.num_pending == 1
             (decodes if is_decode else prefills).append(sequence)
-        budget = self._budget - len(decodes)
+        budget = self._budget.tokens - len(decodes)
         chunks = []
         for sequence in prefills:
             if budget <= 0:
@@ -177,6 +182,7 @@ class Batcher:
         Returns the sequences that got a token. A request that samples and is not in ``sampled`` has failed: the
         caller finishes it. Requests that left since the plan are passed over.
         """
+        self._budget.went_well()
         grown = []
         for chunk in plan:
             sequence = self._running.get(chunk.request_id)
@@ -190,6 +196,28 @@ class Batcher:
                 self._account.output(chunk.request_id, 1)
                 grown.append(sequence)
         return grown
+
+    def shrink(self, plan: StepPlan) -> int | None:
+        """Plan less from now on, because this step ran out of memory; nothing of it was computed.
+
+        With prompts in it, the budget of tokens is halved and what the step had started goes back to the queue, its
+        blocks free. Else, or when the budget is at its least, the most served client's youngest request does, and for
+        a while no more run than are left. Returns how many went back, None when a single request is too large alone.
+        """
+        if plan.prefills and self._budget.halve_tokens(sum(len(chunk.token_ids) for chunk in plan)):
+            started = [self._running[chunk.request_id] for chunk in plan.prefills if chunk.position == 0]
+        elif len(self._running) > 1:
+            started = [self._victim()]
+            self._budget.limit_requests(len(self._running) - 1)
+        else:
+            return None
+        for sequence in reversed(started):
+            self._preempt(sequence)
+        return len(started)
+
+    @property
+    def budget(self) -> StepBudget:
+        return self._budget
 
     def finish(self, request_id: str) -> Sequence | None:
         """Let a request go, wherever it is: blocks free, uncomputed prompt refunded, account closed.
@@ -280,7 +308,7 @@ class Batcher:
         back = self._preempted.get(request.request_id)
         num_tokens = request.num_input if back is None else back.num_tokens
         num_blocks = self._kv.num_free + sum(self._kv.num_held(s.request.request_id) for s in without)
-        num_slots = self._max_num_seqs - len(self._running) + len(without)
+        num_slots = self._budget.requests - len(self._running) + len(without)
         return num_slots > 0 and self._kv.blocks_for(num_tokens) <= num_blocks
 
     def _preempt(self, sequence: Sequence) -> None:

@@ -18,17 +18,25 @@ from transformers import PreTrainedTokenizerBase
 from fairserve.clock import Clock
 from fairserve.config import EngineConfig
 from fairserve.engine.attention import Attachment, attach
-from fairserve.engine.batching import Batcher, Sequence, StepPlan
+from fairserve.engine.batching import Batcher, Chunk, Sequence, StepPlan
 from fairserve.engine.detokenize import TextOutput
 from fairserve.engine.events import Limits, StepEvents
+from fairserve.engine.faults import EngineBroken, StepResult, StepRunner, run_step
 from fairserve.engine.hooks import Account, WaitingQueue
 from fairserve.engine.kv_blocks import KVBlocks
 from fairserve.engine.loading import LoadedModel, load_model
-from fairserve.engine.request import FinishReason, GenerateRequest, RequestOutput, TokenLogprob, Usage
+from fairserve.engine.request import (
+    ErrorCode,
+    FinishReason,
+    GenerateRequest,
+    RequestOutput,
+    TokenLogprob,
+    Usage,
+)
 from fairserve.engine.runner import Runner
 from fairserve.engine.sampling import Sampled, Sampler
 from fairserve.engine.sizing import choose_attention, kv_tokens
-from fairserve.errors import ConfigError, InvalidRequest, PromptTooLong
+from fairserve.errors import ConfigError, InvalidRequest, PromptTooLong, ReplicaFailed
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +65,7 @@ class Engine:
     def __init__(
         self,
         batcher: Batcher,
-        runner: Runner,
+        runner: StepRunner,
         kv: KVBlocks,
         queue: WaitingQueue,
         account: Account,
@@ -82,6 +90,9 @@ class Engine:
         self._clock = clock
         self._live: dict[str, _Live] = {}
         self._reserved_blocks = 0
+        self._num_failed = 0
+        self.broken: str | None = None
+        """Why this engine will never compute anything again; its requests have failed, and so does every new one."""
         self._outputs: list[RequestOutput] = []
         """Made since the last events: aborts and refusals come out with the next ones."""
 
@@ -91,8 +102,11 @@ class Engine:
         Raises:
             PromptTooLong: the prompt leaves no room for a single output token.
             InvalidRequest: no prompt, an unknown token id, no output asked for, or an id that is in use.
+            ReplicaFailed: the engine is broken.
         """
         request_id = request.request_id
+        if self.broken is not None:
+            raise ReplicaFailed(self.broken)
         if request_id in self._live:
             raise InvalidRequest(f"request {request_id!r} is already here")
         self._account.received(request)
@@ -101,14 +115,14 @@ class Engine:
             text = TextOutput(self._tokenizer, request.prompt_token_ids[: request.num_prompt], request.sampling)
             for token_id in request.prompt_token_ids[request.num_prompt :]:  # its text is out; the last may be held
                 text.push(token_id)
+            seed = request.sampling.seed
+            if seed is None:
+                seed, self._next_seed = self._next_seed, self._next_seed + 1
+            self._runner.sampler.add(request, seed)
         except Exception:
             self._account.finished(request_id)
             raise
-        seed = request.sampling.seed
-        if seed is None:
-            seed, self._next_seed = self._next_seed, self._next_seed + 1
         live = _Live(request, text, self._kv.blocks_for(self._reservation(request)))
-        self._runner.sampler.add(request, seed)
         self._live[request_id] = live
         self._reserved_blocks += live.reserved_blocks
         self._queue.push(request)
@@ -118,33 +132,35 @@ class Engine:
         if request_id in self._live:
             self._finish(request_id, "abort")
 
-    def refuse(self, request_id: str, message: str) -> None:
+    def refuse(self, request_id: str, message: str, code: ErrorCode) -> None:
         """Say with the next events that a request was not taken: for callers that cannot catch what ``add`` raises."""
-        self._emit(request_id, Usage(0, 0, 0), _Made(), "error", error=message)
+        self._emit(request_id, Usage(0, 0, 0), _Made(), "error", error=message, code=code)
 
     def has_work(self) -> bool:
         """Is there anything to compute, or an output not yet given out?"""
         return bool(self._live or self._outputs)
 
     def step(self) -> StepEvents:
-        """Compute one step. An exception inside it fails the requests of the step and no others."""
+        """Compute one step. What the model fails on fails alone, see :mod:`fairserve.engine.faults`; when that is
+        everything, or the bookkeeping itself fails, the engine is ``broken``."""
         began_s = self._clock.now_s()
-        plan = StepPlan()
+        plan, result = StepPlan(), StepResult()
         try:
             plan = self._batcher.plan()
-            sampled = self._runner.run(plan) if plan else {}
+            if plan:
+                result = run_step(self._runner, plan)
+            if result.out_of_memory is None:
+                self._commit(plan, result)
+            else:
+                plan = self._plan_less(plan, result.out_of_memory)
         except Exception as error:
-            logger.exception("a step failed")
-            failed = [chunk.request_id for chunk in plan] or list(self._batcher.running)
-            for request_id in failed:
-                self._fail(request_id, f"the step failed: {type(error).__name__}: {error}")
-            sampled = {}
-        else:
-            self._commit(plan, sampled)
+            logger.exception("the engine is broken")
+            self.break_off(str(error) or type(error).__name__)
         return self._events(
             num_prefill_tokens=sum(len(chunk.token_ids) for chunk in plan.prefills),
             num_decode_tokens=len(plan.decodes),
             num_preempted=plan.num_preempted,
+            num_out_of_memory=int(result.out_of_memory is not None),
             step_s=self._clock.now_s() - began_s,
         )
 
@@ -155,7 +171,17 @@ class Engine:
     def fail_all(self, message: str) -> None:
         """Finish every request with an error: the last resort of whoever drives the engine."""
         for request_id in list(self._live):
-            self._fail(request_id, message)
+            try:
+                self._fail(request_id, message)
+            except Exception:  # the bookkeeping may be what broke
+                logger.exception("request %s could not be closed", request_id)
+                self._live.pop(request_id, None)
+                self.refuse(request_id, message, "replica_failed")
+
+    def break_off(self, why: str) -> None:
+        """Compute nothing any more: fail every request, and from now on every new one."""
+        self.broken = f"its engine broke: {why}"
+        self.fail_all(self.broken)
 
     def check(self) -> None:
         """Assert what must be true between two steps."""
@@ -183,7 +209,9 @@ class Engine:
             output = min(output, self._reserve)
         return min(request.num_input + output, self.limits.max_model_len)
 
-    def _commit(self, plan: StepPlan, sampled: dict[str, Sampled]) -> None:
+    def _commit(self, plan: StepPlan, result: StepResult) -> None:
+        """Book a step that was run. A request that it failed on is charged for its part of it: it was computed."""
+        sampled = {request_id: row for request_id, row in result.rows.items() if row is not None}
         grown = self._batcher.commit(plan, {request_id: s.token_id for request_id, s in sampled.items()})
         for sequence in grown:
             request_id = sequence.request.request_id
@@ -191,11 +219,36 @@ class Engine:
                 self._advance(sequence, sampled[request_id])
             except Exception as error:
                 logger.exception("making the text of request %s failed", request_id)
-                self._fail(request_id, f"the output could not be decoded: {error}")
+                self._fail(request_id, f"the output could not be decoded: {error}", "model_error")
         for chunk in plan:
-            if chunk.samples and chunk.request_id not in sampled:
-                self._runner.scrub(chunk)
-                self._fail(chunk.request_id, "the model's output is not finite (NaN or infinity)")
+            if chunk.request_id in result.failed:
+                self._fail_computed(chunk, result.failed[chunk.request_id])
+
+    def _fail_computed(self, chunk: Chunk, why: str) -> None:
+        logger.warning("the model failed on request %s: %s", chunk.request_id, why)
+        self._runner.scrub(chunk)
+        self._num_failed += 1
+        self._fail(chunk.request_id, why, "model_error")
+
+    def _plan_less(self, plan: StepPlan, why: str) -> StepPlan:
+        """After a step that ran out of memory. Returns what was computed: nothing.
+
+        Raises:
+            EngineBroken: there is no memory for a prompt of a few tokens either.
+        """
+        self._runner.release_memory()
+        num_preempted = self._batcher.shrink(plan)
+        budget = self._batcher.budget
+        if num_preempted is None:
+            if not self._runner.is_sound():
+                raise EngineBroken(f"there is no memory left to compute anything: {why}")
+            for chunk in plan:
+                self._fail_computed(chunk, f"there is no memory to compute it, even alone: {why}")
+        logger.warning(
+            "a step of %d requests ran out of memory: from now on at most %d of %d tokens and %d of %d requests (%s)",
+            *(len(plan), budget.tokens, budget.max_tokens, budget.requests, budget.max_requests, why),
+        )
+        return StepPlan(num_preempted=plan.num_preempted + (num_preempted or 0))
 
     def _advance(self, sequence: Sequence, new: Sampled) -> None:
         """Give out one new token and end the request where it ends."""
@@ -225,19 +278,21 @@ class Engine:
         made: _Made | None = None,
         stop_reason: str | int | None = None,
         error: str | None = None,
+        code: ErrorCode = "replica_failed",
     ) -> None:
+        made = made or _Made()
+        if reason != "error":  # it may be the text that failed
+            made.text += self._live[request_id].text.flush()
         live = self._live.pop(request_id)
         self._reserved_blocks -= live.reserved_blocks
         self._runner.sampler.drop(request_id)
         sequence = self._batcher.finish(request_id)
-        made = made or _Made()
-        made.text += live.text.flush()
         usage = sequence.usage if sequence is not None else Usage(0, 0, 0)
-        self._emit(request_id, usage, made, reason, stop_reason, error)
+        self._emit(request_id, usage, made, reason, stop_reason, error, code)
 
-    def _fail(self, request_id: str, message: str) -> None:
+    def _fail(self, request_id: str, message: str, code: ErrorCode = "replica_failed") -> None:
         if request_id in self._live:
-            self._finish(request_id, "error", error=message)
+            self._finish(request_id, "error", error=message, code=code)
 
     def _emit(
         self,
@@ -247,10 +302,13 @@ class Engine:
         reason: FinishReason | None = None,
         stop_reason: str | int | None = None,
         error: str | None = None,
+        code: ErrorCode = "replica_failed",
     ) -> None:
         token_ids, logprobs = tuple(made.token_ids), tuple(made.logprobs)
         self._outputs.append(
-            RequestOutput(request_id, made.text, token_ids, usage, logprobs, reason, stop_reason, error)
+            RequestOutput(
+                request_id, made.text, token_ids, usage, logprobs, reason, stop_reason, error, error_code=code
+            )
         )
 
     def _events(
@@ -258,9 +316,11 @@ class Engine:
         num_prefill_tokens: int = 0,
         num_decode_tokens: int = 0,
         num_preempted: int = 0,
+        num_out_of_memory: int = 0,
         step_s: float = 0.0,
     ) -> StepEvents:
         outputs, self._outputs = tuple(self._outputs), []
+        num_failed, self._num_failed = self._num_failed, 0
         return StepEvents(
             outputs=outputs,
             num_running=len(self._batcher.running),
@@ -272,6 +332,8 @@ class Engine:
             num_preempted=num_preempted,
             step_s=step_s,
             resident_tokens=self._batcher.resident_tokens,
+            num_failed=num_failed,
+            num_out_of_memory=num_out_of_memory,
         )
 
     def _free_kv_tokens(self) -> int:
@@ -337,7 +399,8 @@ def make_engine(
     max_model_len = min(max_model_len, num_blocks * block_size)
     kv = KVBlocks(num_blocks, block_size, num_lanes=config.max_num_seqs)
     try:
-        cache = attention_class(kv.capacity_tokens, block_size, loaded.dtype, loaded.device)
+        # One block more than requests get: the runner's own, to see whether the model is sound.
+        cache = attention_class(kv.capacity_tokens + block_size, block_size, loaded.dtype, loaded.device)
         for layer, shape in loaded.layers.items():
             cache.allocate(layer, shape.kv_heads, shape.key_dim, shape.value_dim)
     except (RuntimeError, OSError) as error:
@@ -355,7 +418,7 @@ def make_engine(
     )
     return Engine(
         batcher,
-        Runner(loaded.model, cache, block_size, loaded.device, Sampler()),
+        Runner(loaded.model, cache, block_size, loaded.device, Sampler(), spare_block=num_blocks),
         kv,
         queue,
         account,

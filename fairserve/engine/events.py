@@ -39,3 +39,7 @@ class StepEvents:
     step_s: float = 0.0
     resident_tokens: int = 0
     """Tokens whose keys and values are in the cache."""
+    num_failed: int = 0
+    """Requests that the model failed on."""
+    num_out_of_memory: int = 0
+    """1 for a step that ran out of memory: nothing was computed, and the next one is smaller."""

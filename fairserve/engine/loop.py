@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 from fairserve.engine.engine import Engine
 from fairserve.engine.events import StepEvents
-from fairserve.engine.request import GenerateRequest
-from fairserve.errors import FairServeError, ReplicaDied
+from fairserve.engine.request import ErrorCode, GenerateRequest
+from fairserve.errors import FairServeError, ReplicaDied, RequestError
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +28,8 @@ class EngineLoop:
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._stopping = False
+        self.ended: str | None = None
+        """Why the thread takes nothing any more, None as long as it does."""
         self._stalled = False
         """The last step found nothing to compute although requests wait: only an inbox item can change that."""
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -47,11 +49,11 @@ class EngineLoop:
         """Run ``fn`` on the engine thread between two steps, in the order of the calls.
 
         Raises:
-            ReplicaDied: the loop was stopped.
+            ReplicaDied: the loop was stopped, or its engine broke.
         """
         with self._wake:
-            if self._stopping:
-                raise ReplicaDied("its engine was stopped")
+            if self.ended is not None:
+                raise ReplicaDied(self.ended)
             self._inbox.append(fn)
             self._wake.notify()
 
@@ -59,6 +61,7 @@ class EngineLoop:
         """Fail what is left, tell, and end the thread. True when it ended within ``timeout`` seconds."""
         with self._wake:
             self._stopping = True
+            self.ended = self.ended or "its engine was stopped"
             self._wake.notify()
         if self._thread.ident is None:
             return True
@@ -70,6 +73,22 @@ class EngineLoop:
         return self._thread.is_alive()
 
     def _run(self) -> None:
+        try:
+            self._drive()
+        except BaseException as error:  # whatever ends the thread, nobody may hang on it
+            logger.exception("the engine thread ends")
+            self._engine.break_off(f"{type(error).__name__}: {error}")
+        finally:
+            with self._wake:
+                self.ended = self.ended or self._engine.broken
+                items = list(self._inbox)
+                self._inbox.clear()
+            for item in items:  # they learn that they came too late
+                self._guarded(item)
+            self._tell(self._engine.idle_events())
+
+    def _drive(self) -> None:
+        """Until the loop is stopped or the engine broken."""
         while True:
             with self._wake:
                 while not (self._inbox or self._stopping or (self._engine.has_work() and not self._stalled)):
@@ -80,33 +99,23 @@ class EngineLoop:
                 self._guarded(item)
             if stopping:
                 self._guarded(lambda: self._engine.fail_all("the engine was stopped"))
-                self._tell(self._engine.idle_events())
                 return
-            events = self._step()
-            did = (events.num_prefill_tokens, events.num_decode_tokens, events.num_preempted, len(events.outputs))
-            self._stalled = not any(did)
+            events = self._engine.step() if self._engine.has_work() else self._engine.idle_events()
+            did = events.num_prefill_tokens + events.num_decode_tokens + events.num_preempted + len(events.outputs)
+            self._stalled = not (did or events.num_out_of_memory)
             self._tell(events)
-
-    def _step(self) -> StepEvents:
-        if not self._engine.has_work():
-            return self._engine.idle_events()
-        try:
-            return self._engine.step()
-        except Exception as error:
-            # The engine handles what a model can do wrong; this is a bug in the bookkeeping. Nobody may hang on it.
-            logger.exception("the engine failed outside a step")
-            message = f"the engine failed: {error}"
-            self._guarded(lambda: self._engine.fail_all(message))
-            return self._engine.idle_events()
+            if self._engine.broken is not None:
+                return
 
     def _add(self, request: GenerateRequest) -> None:
         try:
             self._engine.add(request)
         except FairServeError as error:
-            self._engine.refuse(request.request_id, str(error))
-        except Exception as error:  # a bug, or a tokenizer's: nobody may hang on it
+            code: ErrorCode = "invalid_request" if isinstance(error, RequestError) else "replica_failed"
+            self._engine.refuse(request.request_id, str(error), code)
+        except Exception as error:  # a bug, a tokenizer's or a parameter's: nobody may hang on it
             logger.exception("request %s could not be taken", request.request_id)
-            self._engine.refuse(request.request_id, f"the request could not be taken: {error}")
+            self._engine.refuse(request.request_id, f"the request could not be taken: {error}", "model_error")
 
     def _guarded(self, fn: Callable[[], None]) -> None:
         try:

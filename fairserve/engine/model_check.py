@@ -107,7 +107,8 @@ def switch_attention(model: Any, name: str) -> None:
 
 
 def _rows() -> list[int]:
-    return [_NUM_TOKENS - 4, *range(_NUM_TOKENS - 3, _NUM_TOKENS), _NUM_TOKENS - 4]
+    half, rest = _NUM_TOKENS // 2 - 1, _NUM_TOKENS - 4
+    return [half, rest, half, *range(_NUM_TOKENS - 3, _NUM_TOKENS), rest]
 
 
 def _served_logits(
@@ -125,7 +126,7 @@ def _served_logits(
     attachment = Attachment(cache)
     attachment.observer = witness
     attach(model, attachment)
-    runner = Runner(model, cache, block_size, device, Sampler())
+    runner = Runner(model, cache, block_size, device, Sampler(), _NUM_BLOCKS - 1)
     half, rest = _NUM_TOKENS // 2, _NUM_TOKENS - 3
     blocks_a, blocks_b = tuple(range(6)), (15, 7, 13, 9, 11, 8)
 

@@ -219,6 +219,8 @@ class _Bench:
         if self._is_late:
             return
         events = self._engine.step()
+        if events.num_out_of_memory:
+            raise ReplicaFailed("it ran out of memory while it was profiled: lower max_num_batched_tokens")
         if not events.num_decode_tokens and not events.num_prefill_tokens:
             raise ReplicaFailed("the engine computed nothing while it was profiled")
         # A prompt with one token left is a decode to the engine.

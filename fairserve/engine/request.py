@@ -6,8 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from fairserve.errors import FairServeError, InvalidRequest, ModelFailed, ReplicaFailed
+
 FinishReason = Literal["stop", "length", "abort", "error", "returned"]
 """``returned``: the replica gives the request back unserved, to be granted anew; callers never see it."""
+ErrorCode = Literal["replica_failed", "model_error", "invalid_request"]
+"""Whose fault an error is: the replica's (another may do better), the model's on this very request, or the caller's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +111,19 @@ class RequestOutput:
     """With finish_reason 'error': what happened."""
     waited_s: float | None = None
     """Seconds from the router to the grant, in the first output of a request; None where nobody measured it."""
+    error_code: ErrorCode = "replica_failed"
+    """With finish_reason 'error'."""
+
+
+def failure(output: RequestOutput) -> FairServeError:
+    """The exception that an output with finish_reason 'error' stands for."""
+    detail = output.error or "its engine failed"
+    match output.error_code:
+        case "model_error":
+            return ModelFailed(detail)
+        case "invalid_request":
+            return InvalidRequest(detail)
+    return ReplicaFailed(detail)
 
 
 def joined(outputs: Sequence[RequestOutput]) -> RequestOutput:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,31 +14,47 @@ from fairserve.engine.attention import KVAttention, Span, StepLayout, slots_of
 from fairserve.engine.batching import Chunk, StepPlan
 from fairserve.engine.sampling import Sampled, Sampler
 
+logger = logging.getLogger(__name__)
+
+_NUM_PROBE = 4
+
 
 class Runner:
     """Owns the tensors: the model, its KV cache and the sampler."""
 
     def __init__(
-        self, model: nn.Module, cache: KVAttention, block_size: int, device: torch.device, sampler: Sampler
+        self,
+        model: nn.Module,
+        cache: KVAttention,
+        block_size: int,
+        device: torch.device,
+        sampler: Sampler,
+        spare_block: int,
     ) -> None:
+        """``spare_block``: a KV block that no request gets, see :meth:`is_sound`."""
         self.sampler = sampler
         self._model = model
         self._cache = cache
         self._block_size = block_size
         self._device = device
+        self._spare_block = spare_block
         self._selects_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> dict[str, Sampled]:
-        """Compute the plan. Returns the token of each request whose chunk samples; without those whose logits are
-        not finite."""
+    def run(self, plan: StepPlan) -> dict[str, Sampled | None]:
+        """Compute the plan. Returns the token of each request whose chunk samples and None for the others; without
+        those whose logits are not finite."""
         chunks = (*sorted(plan.decodes, key=_slot_order), *plan.prefills)
         logits = self.forward(chunks, len(plan.decodes))
-        return self.sampler.sample(logits, [chunk.request_id for chunk in chunks if chunk.samples])
+        return self.sampler.sample(logits, [chunk.request_id for chunk in chunks], [chunk.samples for chunk in chunks])
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk], num_decodes: int) -> Tensor:
-        """Logits [rows that sample, vocabulary]; the first ``num_decodes`` chunks have one token each."""
+        """Logits [chunks, vocabulary] of the last token of each chunk; the first ``num_decodes`` have one each.
+
+        A chunk that does not sample needs its logits too: they show NaN in the step that made it, before another
+        request's padding lies over it.
+        """
         spans: list[Span] = []
         token_ids: list[int] = []
         positions: list[int] = []
@@ -49,8 +66,7 @@ class Runner:
             token_ids.extend(chunk.token_ids)
             positions.extend(range(chunk.position, chunk.end))
             slots.extend(slots_of(span, self._block_size, chunk.position))
-            if chunk.samples:
-                rows.append(len(token_ids) - 1)
+            rows.append(len(token_ids) - 1)
         self._cache.begin(
             StepLayout(tuple(spans[:num_decodes]), tuple(spans[num_decodes:]), self._tensor(slots).view(-1))
         )
@@ -70,6 +86,28 @@ class Runner:
         """Clear the KV slots of a request that failed: NaN left there would leak into padded batches."""
         span = Span(0, 0, len(chunk.block_table) * self._block_size, None, chunk.block_table)
         self._cache.scrub(self._tensor(list(slots_of(span, self._block_size))))
+
+    @torch.inference_mode()
+    def is_sound(self) -> bool:
+        """Does the model still compute anything? A short prompt of our own and one decode, in the spare block."""
+        embeddings: Any = self._model.get_input_embeddings()
+        tokens = tuple(7919 * (i + 3) % embeddings.weight.shape[0] for i in range(min(_NUM_PROBE, self._block_size)))
+        last = len(tokens) - 1
+        start, table = self._spare_block * self._block_size, (self._spare_block,)
+        try:
+            for begin, end in ((0, last), (last, last + 1)) if last else ((0, 1),):
+                chunk = Chunk("", begin, tokens[begin:end], True, table, start)
+                if not torch.isfinite(self.forward([chunk], int(begin > 0)).max()).item():
+                    return False
+        except Exception:
+            logger.exception("the model fails on a prompt of our own")
+            return False
+        return True
+
+    def release_memory(self) -> None:
+        """Give back to the device what torch keeps of it unused."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)

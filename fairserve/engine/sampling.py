@@ -46,6 +46,18 @@ class _Row:
         self.output: Counter[int] = Counter(before)
         for _ in before:  # each took one number, so that the next is the one that it would have been
             self.random.random()
+        self._chance: float | None = None
+
+    def chance(self) -> float:
+        """The uniform number of the next token: the same until a token is taken, so that a step may be run again."""
+        if self._chance is None:
+            self._chance = self.random.random()
+        return self._chance
+
+    def take(self, token: int) -> None:
+        self._chance = None
+        if self.repeats or self.counts_output:
+            self.output[token] += 1
 
 
 class Sampler:
@@ -63,19 +75,24 @@ class Sampler:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def sample(self, logits: Tensor, request_ids: Sequence[str]) -> dict[str, Sampled]:
-        """One token per row of ``logits`` [R, vocabulary]; a row that is not finite gets none and is left out."""
-        rows = [self._rows[request_id] for request_id in request_ids]
+    def sample(self, logits: Tensor, request_ids: Sequence[str], draws: Sequence[bool]) -> dict[str, Sampled | None]:
+        """One token per row of ``logits`` [R, vocabulary] that draws, None for the others; a row that is not finite is
+        left out. Changes no state when it raises."""
         highest, best = logits.max(dim=-1)  # NaN and inf both show in the maximum
-        finite = torch.isfinite(highest).tolist()
-        good = [i for i, ok in enumerate(finite) if ok]
-        if all(rows[i].plain for i in good):
-            tokens = best.tolist()
-            return {request_ids[i]: Sampled(tokens[i]) for i in good}
-        if len(good) < len(rows):
-            logits = logits[good]
-        chosen = _choose(logits.float(), [rows[i] for i in good])
-        return {request_ids[i]: sampled for i, sampled in zip(good, chosen, strict=True)}
+        tokens = torch.where(torch.isfinite(highest), best, -1).tolist()  # one copy from the device
+        sampled: dict[str, Sampled | None] = {request_ids[i]: None for i, token in enumerate(tokens) if token >= 0}
+        drawn = [i for i, token in enumerate(tokens) if token >= 0 and draws[i]]
+        rows = [self._rows[request_ids[i]] for i in drawn]
+        if all(row.plain for row in rows):
+            sampled.update((request_ids[i], Sampled(tokens[i])) for i in drawn)
+            return sampled
+        if len(drawn) < len(tokens):
+            logits = logits[drawn]
+        chosen = _choose(logits.float(), rows)
+        for i, row, one in zip(drawn, rows, chosen, strict=True):
+            row.take(one.token_id)
+            sampled[request_ids[i]] = one
+        return sampled
 
 
 def _choose(raw: Tensor, rows: list[_Row]) -> list[Sampled]:
@@ -88,9 +105,6 @@ def _choose(raw: Tensor, rows: list[_Row]) -> list[Sampled]:
             drawn = draw(_tempered(scores[index], [rows[i] for i in index]), [rows[i] for i in index])
             for i, token in zip(index, drawn.tolist(), strict=True):
                 tokens[i] = token
-    for row, token in zip(rows, tokens, strict=True):
-        if row.repeats or row.counts_output:
-            row.output[token] += 1
     logprobs = _logprobs(raw, rows, tokens)
     return [Sampled(token, next(logprobs)) for token in tokens]
 
@@ -160,7 +174,7 @@ def _inverse_transform(weights: Tensor, rows: list[_Row]) -> Tensor:
     """Index [R] drawn with probability proportional to ``weights`` [R, n], one uniform number per row."""
     cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
     total = cumulative[:, -1:]
-    target = torch.tensor([[row.random.random()] for row in rows], dtype=torch.float64, device=weights.device) * total
+    target = torch.tensor([[row.chance()] for row in rows], dtype=torch.float64, device=weights.device) * total
     # Strictly below the total, so that the index found always has weight.
     target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, target, right=True).squeeze(1)

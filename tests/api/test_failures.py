@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -19,6 +20,7 @@ from fairserve.errors import (
     FairServeError,
     InteractionThrottled,
     InvalidRequest,
+    ModelFailed,
     PromptTooLong,
     RateLimited,
     Refused,
@@ -156,6 +158,27 @@ async def test_a_failed_replica_is_503_and_worth_a_retry_and_tells_no_internals(
 
 
 @pytest.mark.parametrize("stream", [False, True])
+async def test_what_the_model_fails_on_is_500_and_not_worth_a_retry(
+    http: httpx.AsyncClient, backend: ScriptedBackend, stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend.script = lambda request: [
+        replace(output(request, "", 0, finish="error"), error="IndexError at /root/secret.py", error_code="model_error")
+    ]
+    answer = await http.post(CHAT, json=GOOD | {"stream": stream})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["type"], error["code"], error["param"]) == (
+        500,
+        "server_error",
+        "model_error",
+        None,
+    )
+    assert answer.headers["x-should-retry"] == "false", "the openai package would try three times"
+    assert "secret" not in answer.text
+    assert answer.headers["x-request-id"] in error["message"]
+    assert "secret" in caplog.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
 async def test_a_bug_is_500_with_an_id_that_the_log_knows_and_nothing_else(
     http: httpx.AsyncClient, backend: ScriptedBackend, stream: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -196,6 +219,7 @@ async def test_behind_a_server_that_makes_ids_its_id_is_used_and_not_sent_twice(
     ("failure", "code"),
     [
         (ReplicaFailed("gone"), "replica_failed"),
+        (ModelFailed("secret"), "model_error"),
         (ClientQueueFull("alice", 1, 1, 1.0), "client_queue_full"),
         (KeyError("secret"), "internal_error"),
     ],
@@ -349,6 +373,7 @@ async def test_an_ordinary_request_logs_nothing_worse_than_debug(
         WrongContentType("x"),
         RequestTimeout(3.0),
         ReplicaFailed("gone"),
+        ModelFailed("NaN"),
         ClientQueueFull("alice", 1, 1, 1.0),
         InteractionThrottled("alice", "chat", 61, 50, 7.0),
     ],

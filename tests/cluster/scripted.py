@@ -62,6 +62,7 @@ class ScriptedLoop:
     core: ReplicaCore | None = None
     is_running: bool = False
     is_stopped: bool = False
+    ended: str | None = None
     requests: dict[str, GenerateRequest] = field(default_factory=dict)
     made: dict[str, int] = field(default_factory=dict)
     aborted: list[str] = field(default_factory=list)

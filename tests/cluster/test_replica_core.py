@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from fairserve.dispatch.messages import Totals
 from fairserve.dispatch.replica_book import LocalBook
 from fairserve.engine.events import Limits
 from fairserve.engine.request import GenerateRequest, RequestOutput, Usage
-from fairserve.errors import ReplicaDied, ReplicaFailed
+from fairserve.errors import ModelFailed, ReplicaDied, ReplicaFailed
 from fairserve.fairness.catalog import make_policy
 from fairserve.fairness.cost import WeightedTokens
 from tests.cluster.scripted import ScriptedLoop, Wire, until
@@ -127,6 +128,33 @@ async def test_an_engine_error_is_a_failed_replica_and_aborts_nothing(core: Repl
     assert engine.aborted == []
 
 
+async def test_a_request_that_the_model_fails_on_is_not_the_replicas_failure(
+    core: ReplicaCore, engine: ScriptedLoop
+) -> None:
+    _, reading = await began(core)
+    engine.step(replace(engine.output("r1", "error", error="NaN"), error_code="model_error"))
+    with pytest.raises(ModelFailed, match="NaN"):
+        await reading
+    assert core.is_healthy
+
+
+async def test_a_broken_engine_still_reports_its_last_tokens(
+    core: ReplicaCore, engine: ScriptedLoop, wire: Wire
+) -> None:
+    wire.is_cut = True
+    _, reading = await began(core)
+    engine.step(engine.output("r1", tokens=1))
+    await reading
+    engine.step(engine.output("r1", "error", tokens=2, error="it broke"))
+    engine.is_running, engine.ended = False, "it broke"
+    await until(lambda: core._is_leaving)
+    wire.is_cut = False
+    await until(lambda: bool(wire.reports) and wire.reports[-1].finished == ("r1",))
+    assert wire.reports[-1].totals["ann"].num_output == 3
+    assert wire.reports[-1].free_slots == 0
+    assert core.why_ended == f"{ENDED}: it broke"
+
+
 async def test_a_second_try_of_the_same_request_fails_and_leaves_the_first_alone(
     core: ReplicaCore, engine: ScriptedLoop
 ) -> None:
@@ -160,9 +188,10 @@ async def test_a_dead_engine_fails_its_streams_and_is_granted_nothing(
     with pytest.raises(ReplicaDied, match=ENDED):
         await reading
     await until(lambda: wire.reports[-1].is_draining)
+    assert (wire.reports[-1].free_slots, wire.reports[-1].free_kv_tokens) == (0, 0), "room would draw grants"
     num_reports = len(wire.reports)
     await asyncio.sleep(3 * ARGS.counter.heartbeat_s)
-    assert len(wire.reports) == num_reports, "a report with room would draw grants"
+    assert len(wire.reports) == num_reports, "it would be taken for alive"
     assert not core.is_healthy
     with pytest.raises(ReplicaDied, match=ENDED):
         await anext(core.generate(request("r2")))

@@ -28,17 +28,23 @@ class FakeRunner:
     def __init__(self) -> None:
         self.sampler = Sampler()
         self.breaks = False
-        self.not_finite = False
+        self.raises: set[str] = set()
+        self.nan: set[str] = set()
 
-    def run(self, plan: StepPlan) -> dict[str, Sampled]:
+    def run(self, plan: StepPlan) -> dict[str, Sampled | None]:
         if self.breaks:
             self.breaks = False
-            raise RuntimeError("out of memory")
-        sampled = {c.request_id: Sampled(c.end % 30) for c in plan if c.samples}
-        if self.not_finite and sampled:
-            self.not_finite = False
-            del sampled[min(sampled)]
-        return sampled
+            raise RuntimeError("CUDA out of memory")
+        names = {chunk.request_id for chunk in plan}
+        if names & self.raises:
+            raise ValueError("a poisonous prompt")
+        return {c.request_id: Sampled(c.end % 30) if c.samples else None for c in plan if c.request_id not in self.nan}
+
+    def is_sound(self) -> bool:
+        return True
+
+    def release_memory(self) -> None:
+        pass
 
     def scrub(self, chunk: Any) -> None:
         pass
@@ -58,7 +64,7 @@ class Engines(RuleBasedStateMachine):
         )
         self.engine = Engine(
             batcher,
-            self.runner,  # type: ignore[arg-type]
+            self.runner,
             self.kv,
             self.queue,
             self.ledger,
@@ -85,12 +91,14 @@ class Engines(RuleBasedStateMachine):
         self.engine.abort(data.draw(st.sampled_from(sorted(self.outputs))))
 
     @rule()
-    def the_model_breaks(self) -> None:
+    def memory_runs_out(self) -> None:
         self.runner.breaks = True
 
-    @rule()
-    def the_model_gives_nan(self) -> None:
-        self.runner.not_finite = True
+    @precondition(lambda self: self.outputs)
+    @rule(data=st.data(), nan=st.booleans())
+    def the_model_begins_to_fail_on_a_request(self, data: st.DataObject, nan: bool) -> None:
+        name = data.draw(st.sampled_from(sorted(self.outputs)))
+        (self.runner.nan if nan else self.runner.raises).add(name)
 
     @rule(times=st.integers(1, 6))
     def step(self, times: int) -> None:
@@ -120,6 +128,8 @@ class Engines(RuleBasedStateMachine):
             usage = outputs[-1].usage
             assert usage.num_output == self.ledger.num_output[name] == sum(len(o.token_ids) for o in outputs)
             assert usage.num_input == self.ledger.num_input[name]
+            is_bad = name in self.runner.nan | self.runner.raises
+            assert (outputs[-1].finish_reason == "error") <= is_bad, "a neighbour paid for it"
         assert self.ledger.is_finished == self.ledger.is_received == self.outputs.keys()
 
 

@@ -153,14 +153,41 @@ def test_a_loop_that_never_started_stops_at_once(llama):
     assert Running(drive(llama)).loop.stop(WAIT_S)
 
 
-def test_a_bug_in_the_bookkeeping_leaves_nobody_waiting(running, monkeypatch):
-    def broken() -> None:
+@pytest.mark.parametrize("part", ["forward", "step"], ids=["the model", "the engine itself"])
+def test_a_broken_engine_fails_everybody_and_ends_its_thread_and_takes_nobody(running, monkeypatch, part):
+    def broken(*_: object) -> None:
         raise KeyError("lost")
 
-    monkeypatch.setattr(running.driver.engine, "step", broken)
+    def break_in_company() -> None:
+        engine = running.driver.engine
+        monkeypatch.setattr(engine if part == "step" else engine._runner, part, broken)
+        running.loop.submit(request("too late", prompt_of(5)))
+
+    running.loop.call(break_in_company)
     running.loop.submit(request("r", prompt_of(5)))
-    output, _ = running.until_finished("r")["r"]
-    assert output.finish_reason == "error"
+    finished = running.until_finished("r", "too late")
+    assert {output.finish_reason for output, _ in finished.values()} == {"error"}
+    assert {output.error_code for output, _ in finished.values()} == {"replica_failed"}
+    running.loop._thread.join(WAIT_S)
+    assert not running.loop.is_alive()
+    assert "KeyError" in (running.loop.ended or "")
+    with pytest.raises(ReplicaFailed, match="KeyError"):
+        running.loop.submit(request("later still", prompt_of(5)))
+
+
+def test_a_step_without_memory_is_followed_by_another(running, monkeypatch):
+    """It computed nothing, and yet there is something to do."""
+    forward = running.driver.engine._runner.forward
+    errors = iter([MemoryError()] * 3)
+
+    def short(*args: Any) -> Any:
+        for error in errors:
+            raise error
+        return forward(*args)
+
+    monkeypatch.setattr(running.driver.engine._runner, "forward", short)
+    running.loop.submit(request("r", prompt_of(50), max_tokens=3, ignore_eos=True))
+    assert running.until_finished("r")["r"][0].finish_reason == "length"
 
 
 def test_a_queue_that_holds_everybody_back_does_not_spin(llama):

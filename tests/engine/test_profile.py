@@ -41,7 +41,7 @@ class Timed:
         self.clock = VirtualClock()
         self.works: list[Work] = []
 
-    def run(self, plan: StepPlan) -> dict[str, Sampled]:
+    def run(self, plan: StepPlan) -> dict[str, Sampled | None]:
         work = (
             len(plan.decodes),
             sum(chunk.end for chunk in plan.decodes),
@@ -50,7 +50,7 @@ class Timed:
         )
         self.works.append(work)
         self.clock.advance(TRUE.seconds(*work))
-        return {chunk.request_id: Sampled(50) for chunk in plan if chunk.samples}
+        return {chunk.request_id: Sampled(50) if chunk.samples else None for chunk in plan}
 
 
 def build(loaded: LoadedModel, clock: VirtualClock, **changes: Any) -> Engine:

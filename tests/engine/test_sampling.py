@@ -20,7 +20,7 @@ def draw(logits: torch.Tensor, times: int = 1, prompt: tuple[int, ...] = (1,), *
     """Tokens of one request that sees the same logits ``times`` times."""
     sampler = Sampler()
     sampler.add(request("r", prompt, **{"temperature": 1.0, **sampling}), sampling.get("seed") or 0)
-    return [sampler.sample(logits.view(1, -1), ["r"])["r"] for _ in range(times)]
+    return [sampler.sample(logits.view(1, -1), ["r"], [True])["r"] for _ in range(times)]
 
 
 def tokens(*args: Any, **kwargs: Any) -> list[int]:
@@ -33,7 +33,7 @@ def shares(logits: torch.Tensor = LOGITS, prompt: tuple[int, ...] = (1,), **samp
     names = [f"r{i}" for i in range(4000)]
     for seed, name in enumerate(names):
         sampler.add(request(name, prompt, **{"temperature": 1.0, **sampling}), seed)
-    sampled = sampler.sample(logits.expand(len(names), -1), names)
+    sampled = sampler.sample(logits.expand(len(names), -1), names, [True] * len(names))
     counts = Counter(s.token_id for s in sampled.values())
     return torch.tensor([counts[i] / len(names) for i in range(len(logits))])
 
@@ -96,7 +96,7 @@ def test_top_k_and_top_p_do_not_depend_on_the_neighbours_need_for_a_full_sort():
         sampler.add(request("r", (1,), **params), 4)
         sampler.add(request("n", (1,), temperature=1.0, top_p=0.999), 5)
         names = ["r", "n"] if neighbour else ["r"]
-        return [sampler.sample(logits[: len(names)], names)["r"].token_id for _ in range(50)]
+        return [sampler.sample(logits[: len(names)], names, [True] * len(names))["r"].token_id for _ in range(50)]
 
     assert run(True) == run(False)
 
@@ -153,8 +153,49 @@ def test_a_row_that_is_not_finite_gets_no_token_and_the_others_do(bad, plain):
         sampler.add(request(f"r{i}", (1,), temperature=0.0 if plain else 0.5, top_k=1), i)
     logits = LOGITS.repeat(3, 1)
     logits[1, 4] = bad
-    sampled = sampler.sample(logits, ["r0", "r1", "r2"])
+    sampled = sampler.sample(logits, ["r0", "r1", "r2"], [True] * 3)
     assert {name: s.token_id for name, s in sampled.items()} == {"r0": 0, "r2": 0}
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_row_that_does_not_draw_is_looked_at_and_its_chance_is_kept(plain):
+    sampler = Sampler()
+    for i in range(3):
+        sampler.add(request(f"r{i}", (1,), temperature=0.0 if plain else 0.5), i)
+    logits = LOGITS.repeat(3, 1)
+    logits[2, 4] = math.nan
+    before = [row.random.getstate() for row in sampler._rows.values()]
+    sampled = sampler.sample(logits, ["r0", "r1", "r2"], [True, False, False])
+    assert sampled.keys() == {"r0", "r1"}
+    assert sampled["r0"] is not None and sampled["r1"] is None
+    after = [row.random.getstate() for row in sampler._rows.values()]
+    assert [a == b for a, b in zip(before, after, strict=True)] == [plain, True, True]
+
+
+def test_a_choice_that_raises_changes_nothing_and_may_be_made_again(monkeypatch):
+    """For one of the rows it may be made without the others then."""
+    logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(3))
+    names = ["r", "other"]
+
+    def play(fails: bool) -> list[Any]:
+        sampler = Sampler()
+        for i, name in enumerate(names):
+            sampler.add(request(name, (1,), temperature=1.0, top_p=0.9 - 0.2 * i, frequency_penalty=1.5, logprobs=1), i)
+        chosen = []
+        for step in range(8):
+            if fails and step % 2:
+                with monkeypatch.context() as patch:
+                    patch.setattr("fairserve.engine.sampling._logprobs", lambda *_: 1 / 0)
+                    with pytest.raises(ZeroDivisionError):
+                        sampler.sample(logits, names, [True] * 2)
+                chosen.append(
+                    {name: sampler.sample(logits[i : i + 1], [name], [True])[name] for i, name in enumerate(names)}
+                )
+            else:
+                chosen.append(sampler.sample(logits, names, [True] * 2))
+        return [{name: one.token_id for name, one in step.items()} for step in chosen]
+
+    assert play(fails=True) == play(fails=False)
 
 
 def test_a_token_of_no_probability_is_never_drawn():
