@@ -237,13 +237,13 @@ class RedisStore:
         raise OSError(f"{self.place} cannot be read: it changes all the time")
 
     def _rows(self, cut: Cut, head: Head) -> Iterator[tuple[str, Iterator[tuple[str, Any]]]]:
-        """Kind of key, and its fields."""
-        yield "nodes", ((node, _json(row)) for node, row in cut.nodes.items())
-        yield "served", ((account, _json(row)) for account, row in cut.served.items())
-        yield "changed", ((account, head.seq) for account in cut.served)
+        """Kind of key, and its fields; None for one that goes."""
+        yield "nodes", ((node, row and _json(row)) for node, row in cut.nodes.items())
+        yield "served", ((account, row and _json(row)) for account, row in cut.served.items())
+        yield "changed", ((account, row and head.seq) for account, row in cut.served.items())
         yield "books", ((_field(key), seq) for key, (seq, _) in cut.books.items())
         for key, (_, totals) in cut.books.items():
-            yield f"book:{_field(key)}", ((account, _json(total.row())) for account, total in totals.items())
+            yield f"book:{_field(key)}", ((account, total and _json(total.row())) for account, total in totals.items())
 
     def _write_beside(self, cut: Cut, head: Head) -> list[str]:
         """A whole cut under names of its own, in parts that block nobody for long. Returns the kinds."""
@@ -363,11 +363,13 @@ def _put(pipe: Any, key: str, kind: str, rows: Iterator[tuple[str, Any]]) -> boo
     """Whether there was any row."""
     had_any = False
     while part := dict(islice(rows, _BATCH)):
-        had_any = True
-        if kind == "changed":
-            pipe.zadd(key, part)
-        else:
-            pipe.hset(key, mapping=part)
+        put = {field: value for field, value in part.items() if value is not None}
+        gone = part.keys() - put.keys()
+        had_any = had_any or bool(put)
+        if put:
+            pipe.zadd(key, put) if kind == "changed" else pipe.hset(key, mapping=put)
+        if gone:
+            pipe.zrem(key, *gone) if kind == "changed" else pipe.hdel(key, *gone)
     return had_any
 
 

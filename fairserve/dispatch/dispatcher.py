@@ -363,7 +363,7 @@ class Dispatcher:
         watch.merged(CLUSTER + cluster, before)
         watch.observe(clients)
         for client in clients:
-            self._idlers.rests(client)
+            self._idlers.look_at(client)
         self._forget_idle()
 
     def _clients_of(self, report: StepReport) -> set[str]:
