@@ -330,8 +330,7 @@ class FairQueue(Generic[Item]):
     def charge(self, client: str, service: float, rates: Amounts | None = None) -> None:
         """Add ``service`` (negative gives back) times ``rates`` to the counters along the path."""
         path, table = path_of(client), self.table
-        if self._before is not None:
-            self._before(path)
+        self.touch(client)
         if self._moved is not None:
             self._moved.update(path)
         if rates is None:
@@ -346,8 +345,7 @@ class FairQueue(Generic[Item]):
 
     def set_counter(self, node: str, counter: float) -> None:
         """Of a client or a group; makes it known."""
-        if self._before is not None:
-            self._before((node, group_of(node)))
+        self.touch(node)
         if node not in self.table:
             for above in dict.fromkeys(path_of(node)):
                 self._know(above)
@@ -365,6 +363,7 @@ class FairQueue(Generic[Item]):
 
     def begin_level(self, client: str) -> None:
         """The client becomes active without a request that waits here: it is lifted like any newcomer."""
+        self.touch(client)
         for node in path_of(client):
             target = self.policy.lift(node, self._groups[group_of(node)])
             if target is not None:
@@ -375,6 +374,7 @@ class FairQueue(Generic[Item]):
     def forget(self, client: str) -> tuple[str, ...]:
         """Nothing is known any more of a client of which :meth:`can_forget` is true, and of groups that it leaves
         empty. Returns these nodes."""
+        self.touch(client)
         path, top = path_of(client), self.branch_of(client)
         nodes = path[path.index(top) :]
         for node in reversed(nodes):

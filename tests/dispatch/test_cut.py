@@ -11,7 +11,9 @@ import pytest
 from fairserve.dispatch import cut as cut_module
 from fairserve.dispatch import ledger as ledger_module
 from fairserve.dispatch.cut import Changes
+from fairserve.dispatch.limits import DispatchLimits
 from fairserve.dispatch.messages import Totals
+from fairserve.dispatch.replica_book import KEPT_ACCOUNTS
 from tests.dispatch.kit import Desk, submit
 from tests.memory_store import MemoryStore, normal, run_to_end
 from tests.toy_cluster import Lossy, ToyCluster, ToyRequest
@@ -25,35 +27,38 @@ def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger_module, "SLICE", 1)
 
 
-def live(cluster: ToyCluster, rng: random.Random) -> None:
-    """A moment in which anything may happen."""
+def live(cluster: ToyCluster, rng: random.Random, *, forgets: bool) -> None:
+    """A moment in which anything may happen. Totals that other clusters merge are never forgotten."""
     for _ in range(rng.randrange(3)):
         output, client = rng.randrange(1, 8), rng.choice(CLIENTS)
         request = ToyRequest(f"r{len(cluster.requests)}", client, rng.randrange(1, 30), output, output + 3)
         cluster.submit(request)
     if cluster.requests and rng.random() < 0.3:
         cluster.cancel(rng.choice(list(cluster.requests)))
-    if rng.random() < 0.2:
+    if rng.random() < 0.2 and not forgets:
         served = Totals(rng.randrange(100, 200), 0, len(cluster.requests), 500.0 + len(cluster.requests))
         cluster.dispatcher.merge_cluster("far", 1, {rng.choice(CLIENTS): served}, {}, len(cluster.requests))
     cluster.step()
 
 
-def finds_torn_cut(seed: int) -> bool:
+def finds_torn_cut(seed: int, *, forgets: bool = False) -> bool:
     """Whether some cut of a random life, put together with those before it, is not what was at its first step."""
     rng = random.Random(seed)
-    cluster = ToyCluster(num_replicas=3, num_routers=1, lookahead=1, network=Lossy(rng, 0.2), step_s=0.3)
+    limits = DispatchLimits(lookahead=1, max_clients=1 if forgets else 100)
+    kept = 0 if forgets else KEPT_ACCOUNTS
+    network = Lossy(rng, 0.2)
+    cluster = ToyCluster(num_replicas=3, num_routers=1, limits=limits, network=network, step_s=0.3, kept_accounts=kept)
     cluster.dispatcher.ledger._max_books = 2  # books go all the time
     store = MemoryStore()
     for _ in range(12):
         for _ in range(rng.randrange(4)):
-            live(cluster, rng)
+            live(cluster, rng, forgets=forgets)
         steps = cluster.dispatcher.cutter.steps(is_whole=rng.random() < 0.2)
         expected = normal(cluster.dispatcher.dump())
         try:
             while True:
                 next(steps)
-                live(cluster, rng)
+                live(cluster, rng, forgets=forgets)
         except StopIteration as end:
             store.save(end.value)
         if normal(store.snapshot()) != expected:
@@ -62,9 +67,21 @@ def finds_torn_cut(seed: int) -> bool:
     return False
 
 
+@pytest.mark.parametrize("forgets", [False, True])
 @pytest.mark.parametrize("seed", range(15))
-def test_a_cut_is_of_one_moment_whatever_happens_while_it_is_read(seed: int) -> None:
-    assert not finds_torn_cut(seed)
+def test_a_cut_is_of_one_moment_whatever_happens_while_it_is_read(seed: int, forgets: bool) -> None:
+    assert not finds_torn_cut(seed, forgets=forgets)
+
+
+def keep_dead_rows(self: Changes[Any, Any], key: Any) -> None:
+    """As if rows that are no more were not told."""
+    if (row := self._read(key)) is not None:
+        self._rows[key] = row
+
+
+def test_a_store_remembers_whom_the_authority_forgot_where_it_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Changes, "_take", keep_dead_rows)
+    assert any(finds_torn_cut(seed, forgets=True) for seed in range(15))
 
 
 def read_late(self: Changes[Any, Any], keys: Iterable[Any]) -> None:
