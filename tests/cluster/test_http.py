@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -143,3 +144,20 @@ async def test_a_stream_over_http_is_events_with_a_done_and_says_how_long_it_que
     assert float(answer.headers["x-fairserve-queue-ms"]) >= 0
     assert lines[-1] == "data: [DONE]"
     assert all(json.loads(line.removeprefix("data: "))["model"] == "tiny" for line in lines[:-1])
+
+
+async def test_no_key_that_came_through_the_door_is_in_any_file_of_rays_session(served: Served) -> None:
+    secret = b"canary-key-of-nobody-0123456789"
+    for headers in ({"Authorization": f"Bearer {secret.decode()}"}, {"x-api-key": secret.decode()}):
+        async with caller(served, "key-of-limited") as http:
+            answer = await http.post("/v1/completions?key=" + secret.decode(), json=body(1), headers=headers)
+            assert answer.status_code in (200, 401)
+    assert await asyncio.to_thread(files_that_hold, [secret, *(key.encode() for key in KEYS)]) == []
+
+
+def files_that_hold(secrets: list[bytes]) -> list[Path]:
+    from fairserve.cluster.keeper import ray_session_folder
+
+    files = [path for path in Path(ray_session_folder()).rglob("*") if path.is_file()]
+    assert len(files) > 10, "logs, and more"
+    return [path for path in files if any(secret in path.read_bytes() for secret in secrets)]
