@@ -4,26 +4,32 @@
 
 CPU time of one process, in microseconds per event and events per second: a grant (pick, charge, lease), a submit, a
 replica's report of a step (32 requests run there), and the reports in which requests start and finish. Then how a grant
-grows with waiting clients and with replicas, what a client costs in bytes, and how long one call can block the others.
+grows with waiting clients and with replicas, what a client costs in bytes, how long one call can block the others, and
+how long a save holds up the event loop while it writes to a SQLite file.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import gc
 import json
 import statistics
 import sys
+import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from benchmarks.crowd import BATCH, KV_TOKENS, SLOTS, Crowd, Size, Work, client_name, dispatcher_of
 from benchmarks.machine import describe_machine
+from fairserve.cluster.saver import Saver
+from fairserve.dispatch.cut import Cut
 from fairserve.dispatch.messages import RouterCall, StepReport, Submit, Totals
+from fairserve.dispatch.store import SqliteStore
 from fairserve.fairness.hierarchy import group_of, path_of
 
 POLICIES = ("vtc", "vtc+moving_mean", "dlpm")
@@ -46,6 +52,7 @@ def speed(size: Size, num_grants: int) -> Row:
         row[f"{name}_us"], row[f"{name}_per_s"] = _median_us(work), 1e6 / _median_us(work)
     row["replicas_per_core"] = row["step_per_s"] / STEPS_PER_S
     row |= pauses(crowd)
+    row |= saves(crowd)
     crowd.dispatcher.check()
     return row
 
@@ -59,6 +66,66 @@ def pauses(crowd: Crowd) -> Row:
         "snapshot_json_s": _cpu_s(lambda: json.dumps(dispatcher.dump())),
         "tick_s": _cpu_s(lambda: dispatcher.tick(crowd.now_s)),
     }
+
+
+REPEATS = 5
+
+
+def saves(crowd: Crowd) -> Row:
+    """Of cuts of everything, and of what changed since every replica has reported once: CPU seconds of all and of the
+    longest slice; seconds by the wall for which the event loop was held up at the most while one was taken and written,
+    and a loop that has nothing else to do. Of ``REPEATS`` the least, so that a neighbour's burst counts little."""
+    crowd.grant()
+    crowd.start()
+    row: Row = {}
+    with tempfile.TemporaryDirectory() as folder:
+        store, saver = SqliteStore(Path(folder) / "c.sqlite"), Saver(lambda: "here", 1, time.time, time.monotonic)
+
+        def held_up_s(act: Callable[[], Any], prepare: Callable[[], object]) -> float:
+            waits = []
+            for _ in range(REPEATS):
+                prepare()
+                waits.append(asyncio.run(_longest_wait_s(act)))
+            return min(waits)
+
+        def save() -> Any:
+            return saver.save(store, lambda: crowd.dispatcher)
+
+        row["quiet_s"] = held_up_s(lambda: asyncio.sleep(0.5), lambda: None)
+        row["whole_loop_s"] = held_up_s(save, saver.moved)
+        row["part_loop_s"] = held_up_s(save, crowd.step)
+    for name, is_whole in (("part", False), ("whole", True)):
+        cuts = []
+        for _ in range(REPEATS):
+            crowd.step()
+            cuts.append(_slices(crowd.dispatcher.cutter.steps(is_whole=is_whole)))
+        row[f"{name}_rows"] = len(cuts[0][0].nodes)
+        row[f"{name}_slice_s"] = min(max(seconds) for _, seconds in cuts)
+        row[f"{name}_cut_s"] = min(sum(seconds) for _, seconds in cuts)
+    return row
+
+
+async def _longest_wait_s(act: Callable[[], Any]) -> float:
+    """For which a loop that wants to run every millisecond cannot."""
+    task = asyncio.ensure_future(act())
+    longest_s = 0.0
+    while not task.done():
+        began_s = time.perf_counter()
+        await asyncio.sleep(0.001)
+        longest_s = max(longest_s, time.perf_counter() - began_s - 0.001)
+    await task
+    return longest_s
+
+
+def _slices(steps: Generator[None, None, Cut]) -> tuple[Cut, list[float]]:
+    seconds: list[float] = []
+    while True:
+        began_s = time.thread_time()
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value, [*seconds, time.thread_time() - began_s]
+        seconds.append(time.thread_time() - began_s)
 
 
 def memory(num_clients: int, levels: int, policy: str = "vtc") -> Row:
@@ -168,6 +235,19 @@ PAUSES = {
     "snapshot_json_s": "and its JSON s",
     "tick_s": "tick s",
 }
+SAVES = {
+    "policy": "policy",
+    "levels": "levels",
+    "whole_rows": "all nodes",
+    "whole_slice_s": "longest slice s",
+    "whole_cut_s": "cut s",
+    "whole_loop_s": "loop held up s",
+    "part_rows": "changed nodes",
+    "part_slice_s": "longest slice s",
+    "part_cut_s": "cut s",
+    "part_loop_s": "loop held up s",
+    "quiet_s": "(a quiet loop s)",
+}
 MEMORY = {
     "policy": "policy",
     "levels": "levels",
@@ -206,6 +286,8 @@ def main(argv: list[str] | None = None) -> int:
     print(table(results["speed"], SPEED))
     print("what blocks everything else\n")
     print(table(results["speed"], PAUSES))
+    print("a save: of everything, and of what changed; the loop held up by wall clock, the rest CPU\n")
+    print(table(results["speed"], SAVES))
     print("a grant, by waiting clients and by replicas\n")
     print(table(results["clients"], GROWTH))
     print(table(results["replicas"], GROWTH))

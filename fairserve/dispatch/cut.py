@@ -8,7 +8,7 @@ read is therefore read first (copy on write), and only rows that changed since t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Generator, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from fairserve.dispatch.weights import Weights
 
 SNAPSHOT_VERSION = 2
-SLICE = 500
-"""Rows read in one go: well below a millisecond."""
+SLICE = 250
+"""Rows read in one go: about a millisecond."""
 
 Key = TypeVar("Key", bound=Hashable)
 Row = TypeVar("Row")
@@ -44,36 +44,45 @@ class Changes(Generic[Key, Row]):
         self._read = read
         self._changed: set[Key] = set()
         self._pending: set[Key] = set()
+        self._every: list[Key] | None = None
+        """In place of ``_pending``, of a cut of all rows: copying names takes a tenth of putting them into a set."""
         self._rows: dict[Key, Row | None] = {}
 
-    def before(self, keys: Iterable[Key]) -> None:
+    def before(self, keys: Collection[Key]) -> None:
         """The rows of these are about to change."""
         self.before_unkept(keys)
         self._changed.update(keys)
 
-    def before_unkept(self, keys: Iterable[Key]) -> None:
+    def before_unkept(self, keys: Collection[Key]) -> None:
         """The same, by something that the next cut need not tell."""
-        if self._pending and not self._pending.isdisjoint(keys):
+        if self._every is not None:
+            for key in keys:
+                self._take(key)
+        elif self._pending and not self._pending.isdisjoint(keys):
             for key in self._pending.intersection(keys):
                 self._pending.discard(key)
                 self._take(key)
 
     def begin(self, every: Iterable[Key] | None) -> None:
         """A cut is taken now: of what changed since the last one, or of ``every`` row."""
-        self._pending, self._changed = self._changed if every is None else set(every), set()
+        self._pending, self._changed = self._changed if every is None else set(), set()
+        self._every = None if every is None else list(every)
         self._rows = {}
 
     def steps(self) -> Generator[None, None, dict[Key, Row | None]]:
         """Read what is left of the cut; returns its rows."""
-        while self._pending:
-            for _ in range(min(SLICE, len(self._pending))):
-                self._take(self._pending.pop())
+        left = self._pending if self._every is None else self._every
+        while left:
+            for _ in range(min(SLICE, len(left))):
+                self._take(left.pop())
             yield
+        self._every = None
         rows, self._rows = self._rows, {}
         return rows
 
     def _take(self, key: Key) -> None:
-        self._rows[key] = self._read(key)
+        if key not in self._rows:
+            self._rows[key] = self._read(key)
 
 
 @dataclass(slots=True)
@@ -127,7 +136,7 @@ class Cutter:
         nodes, ledger = self._nodes, self._ledger
         cut = Cut(is_whole)
         nodes.before((TOP,))
-        nodes.begin((*self._queue.table, TOP) if is_whole else None)
+        nodes.begin(self._queue.table if is_whole else None)
         nodes.before_unkept((TOP,))  # everything moves it: read now
         reading = ledger.cut(self._weights.carried, is_whole=is_whole)
         cut.served, cut.books, cut.gone = yield from reading
