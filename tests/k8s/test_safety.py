@@ -153,7 +153,7 @@ def test_an_example_of_a_secret_holds_none(example: Any) -> None:
 
 def test_the_head_restarts_without_the_counter_actor(overlay: Rendered) -> None:
     counter = overlay.args["counter"]
-    assert counter == {"pin_to_head": False, "resource": "fairserve_front"}
+    assert (counter["pin_to_head"], counter["resource"]) == (False, "fairserve_front")
     assert "fairserve_front" in overlay.groups["front"]["rayStartParams"]["resources"]
     assert "resources" not in overlay.groups["head"]["rayStartParams"]
     assert overlay.ray_service["spec"]["excludeHeadPodFromServeSvc"] is True
