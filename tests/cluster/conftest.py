@@ -104,7 +104,7 @@ def serve_app(ray_cluster: Any, http_port: int, tiny_model: Path) -> Iterator[Ca
                     "num_cpus_per_replica": 0.2,
                     "engine": engine,
                     "counter": counter,
-                    "max_generation_s": 5.0,
+                    "max_generation_s": 60.0,
                     "dispatch": {"replica_dead_s": 10.0},  # so that a test of a dead one is not long
                     **settings,
                 }

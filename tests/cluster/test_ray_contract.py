@@ -32,8 +32,20 @@ def test_serve_asks_the_hook_for_every_request_and_sends_to_its_answer() -> None
     from ray.serve._private.router import AsyncioRouter
 
     source = inspect.getsource(AsyncioRouter._route_and_send_request_once)
-    assert "._choose_replica_for_request(" in source
+    assert "await self._active_request_router._choose_replica_for_request(" in source, "not in the task that sends"
     assert "replica.try_send_request(pr" in source
+
+
+def test_serve_tells_its_routers_of_replicas_that_died_and_leaves_out_those_that_it_stops() -> None:
+    from ray.serve._private.common import ReplicaState
+    from ray.serve._private.deployment_state import DeploymentState
+    from ray.serve._private.router import AsyncioRouter
+    from ray.serve.request_router import RequestRouter
+
+    assert ".on_replica_actor_died(replica_id)" in inspect.getsource(AsyncioRouter._handle_actor_died_error)
+    assert list(inspect.signature(RequestRouter.on_replica_actor_died).parameters) == ["self", "replica_id"]
+    assert list(inspect.signature(RequestRouter.update_replicas).parameters) == ["self", "replicas"]
+    assert ReplicaState.STOPPING not in DeploymentState._BROADCAST_STATES
 
 
 def test_the_router_has_the_attributes_that_we_read() -> None:
