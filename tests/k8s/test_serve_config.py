@@ -74,7 +74,7 @@ def ingress(overlay: Rendered) -> dict[str, Any]:
 
 
 def test_an_old_cluster_outlives_its_longest_answer(overlay: Rendered) -> None:
-    longest_s = FairServeArgs.model_validate(overlay.args).max_generation_s
+    longest_s = FairServeArgs.model_validate(overlay.args).drain_s
     assert overlay.ray_service["spec"]["rayClusterDeletionDelaySeconds"] > longest_s
 
 
