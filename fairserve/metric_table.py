@@ -267,6 +267,12 @@ ENGINE_TOKENS = _counter(
     "kind",
 )
 ENGINE_PREEMPTIONS = _counter("engine_preemptions", "requests", "running requests put back", "replica")
+ENGINE_FAILED = _counter(
+    "engine_failed_requests", "requests", "requests that the model failed on: it raised, or gave NaN", "replica"
+)
+ENGINE_OUT_OF_MEMORY = _counter(
+    "engine_out_of_memory", "steps", "steps that ran out of memory, and were planned again smaller", "replica"
+)
 
 METRICS: tuple[Metric, ...] = tuple(value for value in list(globals().values()) if isinstance(value, Metric))
 BY_NAME = {metric.name: metric for metric in METRICS}

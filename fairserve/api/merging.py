@@ -8,6 +8,9 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from fairserve.engine.request import RequestOutput, failure, joined
 from fairserve.errors import ReplicaFailed
 
+MAX_PIECES = 64
+"""Outputs of one generation that wait for a slow reader as they came, about 500 bytes each; beyond, they are joined,
+which leaves about 50 bytes per token."""
 Batch = dict[int, RequestOutput]
 """Index of the generation -> everything it made since the last batch, merged into one output."""
 
@@ -35,7 +38,10 @@ async def merged(streams: Sequence[AsyncIterator[RequestOutput]]) -> AsyncGenera
         nonlocal num_running
         try:
             async for output in _checked(stream):
-                ready.setdefault(index, []).append(output)
+                outputs = ready.setdefault(index, [])
+                outputs.append(output)
+                if len(outputs) > MAX_PIECES:
+                    outputs[:] = [joined(outputs)]
                 wake.set()
         except Exception as error:
             failures.append(error)

@@ -46,6 +46,7 @@ class ReplicaMetrics:
         self._exported_s = now_s - interval_s
         self._steps_s: list[float] = []
         self._num_prefill = self._num_decode = self._num_preempted = 0
+        self._num_failed = self._num_out_of_memory = 0
         self._num_computed = self._num_reported = self._num_merged = 0
 
     def took(self, events: StepEvents) -> None:
@@ -57,6 +58,8 @@ class ReplicaMetrics:
             self._num_decode += num_decode
             self._num_computed += num_prefill + num_decode
         self._num_preempted += events.num_preempted
+        self._num_failed += events.num_failed
+        self._num_out_of_memory += events.num_out_of_memory
 
     def reported(self) -> None:
         """A report with everything until now is on its way."""
@@ -82,7 +85,10 @@ class ReplicaMetrics:
         self._sink.add(table.ENGINE_TOKENS, self._num_prefill, kind="prefill")
         self._sink.add(table.ENGINE_TOKENS, self._num_decode, kind="decode")
         self._sink.add(table.ENGINE_PREEMPTIONS, self._num_preempted)
+        self._sink.add(table.ENGINE_FAILED, self._num_failed)
+        self._sink.add(table.ENGINE_OUT_OF_MEMORY, self._num_out_of_memory)
         for step_s in self._steps_s:
             self._sink.observe(table.STEP_TIME, step_s)
         self._steps_s.clear()
         self._num_prefill = self._num_decode = self._num_preempted = 0
+        self._num_failed = self._num_out_of_memory = 0

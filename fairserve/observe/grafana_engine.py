@@ -78,6 +78,16 @@ def _engine() -> tuple[Panel, ...]:
             width=8,
             empty_until="a running request is put back",
         ),
+        lines(
+            "Requests that the model failed on per second",
+            [Query(rate(table.ENGINE_FAILED, "replica"), "{{replica}}")],
+            empty_until="the model fails on a request",
+        ),
+        lines(
+            "Steps without memory per second",
+            [Query(rate(table.ENGINE_OUT_OF_MEMORY, "replica"), "{{replica}}")],
+            empty_until="a step runs out of memory",
+        ),
     )
 
 

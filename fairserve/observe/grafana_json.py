@@ -17,7 +17,19 @@ SCHEMA_VERSION = 39
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 TAG = "fairserve"
 """On every dashboard and every annotation that was pushed."""
-COUNTED = ("requests", "tokens", "service", "clients", "calls", "lifts", "leases", "replicas", "routers", "weight")
+COUNTED = (
+    "requests",
+    "tokens",
+    "service",
+    "clients",
+    "calls",
+    "steps",
+    "lifts",
+    "leases",
+    "replicas",
+    "routers",
+    "weight",
+)
 GRAFANA_UNITS = {
     "seconds": "s",
     "ratio": "none",

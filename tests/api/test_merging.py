@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import tracemalloc
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 
@@ -11,7 +12,7 @@ import pytest
 from fairserve.api.merging import merged
 from fairserve.engine.request import GenerateRequest, RequestOutput, TokenLogprob, Usage, joined
 from fairserve.errors import ReplicaFailed
-from tests.api.scripted import ScriptedBackend, output, words
+from tests.api.scripted import ScriptedBackend, output, settled, words
 
 
 def requests(count: int) -> list[GenerateRequest]:
@@ -69,6 +70,34 @@ async def test_a_cancellation_that_comes_from_the_cluster_is_a_failed_replica() 
 
     with pytest.raises(ReplicaFailed, match="cancelled"):
         await anext(merged([cancelled()]))
+
+
+async def test_what_waits_for_a_reader_that_does_not_read_stays_small_and_is_whole() -> None:
+    """It is bounded by max_tokens, and by far fewer bytes than as many single outputs would take."""
+    num = 20_000
+    first, *_ = requests(1)
+    taken = asyncio.Event()
+
+    async def flood() -> AsyncIterator[RequestOutput]:
+        for i in range(num):
+            yield RequestOutput(first.request_id, "word ", (1000 + i,), Usage(5, 0, i + 1))
+            if not i:
+                await taken.wait()
+        yield RequestOutput(first.request_id, "", (), Usage(5, 0, num), finish_reason="length")
+
+    async with aclosing(merged([flood()])) as batches:
+        assert (await anext(batches))[0].text == "word "
+        tracemalloc.start()
+        try:
+            taken.set()
+            await settled()  # nobody reads; everything is there
+            held, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        rest = (await anext(batches))[0]
+    assert held < 80 * num, f"{held / num:.0f} bytes for each token that nobody reads"
+    assert (rest.text, rest.token_ids) == ("word " * (num - 1), tuple(range(1001, 1000 + num)))
+    assert (rest.usage.num_output, rest.finish_reason) == (num, "length")
 
 
 async def test_a_stream_that_reports_an_error_is_closed_and_not_left_to_the_garbage_collector() -> None:

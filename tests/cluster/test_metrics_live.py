@@ -25,6 +25,8 @@ ONLY_IN_TROUBLE = {
     "fairserve_lapsed_leases",
     "fairserve_preempting_grants",
     "fairserve_engine_preemptions",
+    "fairserve_engine_failed_requests",
+    "fairserve_engine_out_of_memory",
     "fairserve_report_call_failures",
     "fairserve_route_call_failures",
     "fairserve_ungranted_requests",

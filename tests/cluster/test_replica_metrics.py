@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -32,6 +33,7 @@ def test_steps_are_counted_at_once_and_handed_on_once_an_interval(sink: Recorded
     metrics.export(step(), 0.0)
     for _ in range(3):
         metrics.took(step(num_prefill=100, num_decode=2, num_preempted=1))
+    metrics.took(replace(step(), num_failed=2, num_out_of_memory=1))
     metrics.export(step(), 0.9)
     assert sink.counters == {}
     metrics.export(step(), 1.0)
@@ -39,6 +41,8 @@ def test_steps_are_counted_at_once_and_handed_on_once_an_interval(sink: Recorded
         ("fairserve_engine_tokens", "prefill"): 300,
         ("fairserve_engine_tokens", "decode"): 6,
         ("fairserve_engine_preemptions",): 3,
+        ("fairserve_engine_failed_requests",): 2,
+        ("fairserve_engine_out_of_memory",): 1,
     }
     assert sink.histograms == {("fairserve_engine_step_seconds",): [0.02] * 3}
     metrics.export(step(), 2.0)
@@ -125,7 +129,7 @@ def test_everything_that_the_table_promises_of_a_replica_is_exported(
     sink: RecordedMetrics, clock: VirtualClock
 ) -> None:
     metrics, meter = ReplicaMetrics(sink, LIMITS, 1.0, clock.now_s()), replica_meter(sink)
-    metrics.took(step(1, 1, 1))
+    metrics.took(replace(step(1, 1, 1), num_failed=1, num_out_of_memory=1))
     metrics.export(step(), clock.now_s())
     meter.answered(0.1)
     meter.failed(TimeoutError(), is_down=True)
