@@ -5,7 +5,8 @@
 Starts a Ray of its own and an open fairserve. First polite clients are alone and their times to the first token are
 noted; then flooding clients ask, open loop, for ten times what the service finishes, one of them under a new name with
 every request. Every two seconds: resident memory of every process of the service, what waits at the counter actor.
-Every refusal is looked at: its status, and its Retry-After. Ends by itself, and leaves nothing running.
+Every refusal is looked at: its status, and its Retry-After. In the end 2,000 requests are sent and hung up on, and what
+is left of them is counted. Ends by itself, and leaves nothing running.
 """
 
 from __future__ import annotations
@@ -47,9 +48,11 @@ FLOODING = tuple(f"flood-{i}" for i in range(7))
 CROWD = "crowd"
 """Sends each request under a name that nobody has used before."""
 SLOTS = 4
-MAX_WAITING, MAX_WAITING_PER_CLIENT, MAX_CLIENTS = 100, 20, 200
+MAX_WAITING, MAX_WAITING_PER_CLIENT, MAX_CLIENTS = 100, 15, 50
 SAMPLE_S = 2.0
 CALIBRATION_S = 40.0
+CROWD_SHARE = 3
+"""The crowd sends so many times what one flooding client sends."""
 
 
 def overload_args() -> FairServeArgs:
@@ -98,12 +101,14 @@ class Memory:
 
     def __init__(self) -> None:
         self.samples: list[dict[str, Any]] = []
+        self._titles: dict[int, str] = {}
 
     def sample(self, t_s: float) -> None:
         rows: dict[str, float] = {}
         for process in psutil.Process().children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-                rows[f"{_title(process)}#{process.pid}"] = round(process.memory_info().rss / 1e6, 1)
+            with contextlib.suppress(psutil.Error):
+                title = self._titles.setdefault(process.pid, _title(process))
+                rows[f"{title}#{process.pid}"] = round(process.memory_info().rss / 1e6, 1)
         self.samples.append({"t_s": round(t_s, 1), "rss_mb": rows})
 
     def figures(self, since_s: float) -> list[dict[str, Any]]:
@@ -123,8 +128,10 @@ class Memory:
 
 def _title(process: psutil.Process) -> str:
     words = process.cmdline() or [process.name()]
-    title = words[0] if words[0].startswith("ray::") else Path(words[0]).name
-    return title if not title.startswith("python") or len(words) < 2 else Path(words[1]).name
+    if words[0].startswith("ray::"):
+        return words[0].partition(".")[0]  # what follows is the method that runs now
+    scripts = [Path(word).name for word in words if word.endswith(".py")]
+    return scripts[0] if scripts else Path(words[0]).name
 
 
 async def polite(http: httpx.AsyncClient, target: Target, client: str, records: list[Record], began: float) -> None:
@@ -141,13 +148,13 @@ async def polite(http: httpx.AsyncClient, target: Target, client: str, records: 
 
 
 def flood_plan(rate_rps: float, duration_s: float, seed: int) -> list[Planned]:
-    """Poisson arrivals at ``rate_rps`` in all; an eighth of the clients' requests come under new names."""
+    """Poisson arrivals at ``rate_rps`` in all."""
     rng = random.Random(seed)
     plan: list[Planned] = []
     at_s = 0.0
     bodies = itertools.cycle(workload.burst("any", 500, seed))
     while at_s < duration_s:
-        who = rng.choice((*FLOODING, CROWD))
+        who = rng.choice((*FLOODING, *[CROWD] * CROWD_SHARE))
         client = f"{CROWD}-{len(plan)}" if who == CROWD else who
         body = next(bodies)
         plan.append(Planned(client, at_s, body.prompt, body.num_output))
@@ -186,8 +193,11 @@ class Overload:
             since_s = time.monotonic() - self._began
             work = [polite(http, self._target, client, beside, self._began) for client in POLITE]
             await self._for(options.seconds, [*work, self._flood(flood_http, plan, flooding), self._watch()])
+        after_flood = await self._at_rest()
+        self._say(f"{options.aborts} requests that are hung up on")
+        aborted = await self._abort(options.aborts, options.seed)
         end = await self._at_rest()
-        waited = [sample for sample in self._samples if sample is not end]
+        waited = self._samples
         return {
             "capacity_rps": round(capacity_rps, 2),
             "asked_rps": round(len(plan) / options.seconds, 2),
@@ -215,10 +225,9 @@ class Overload:
                 "worst_gap": end["worst_gap"],
             },
             "rss_mb": memory.figures(since_s),
-            "after": {name: end[name] for name in ("waiting", "leases")}
-            | {"running": _running(end)}
-            | {"kv_free": [replica["free_kv_tokens"] for replica in end["replicas"].values()]}
-            | {"kv_capacity": [replica["kv_capacity_tokens"] for replica in end["replicas"].values()]},
+            "after_the_flood": _left(after_flood),
+            "aborted": aborted,
+            "after_the_aborts": _left(end),
             "samples": memory.samples,
         }
 
@@ -272,6 +281,27 @@ class Overload:
                     )
             await asyncio.sleep(SAMPLE_S)
 
+    async def _abort(self, num: int, seed: int) -> dict[str, int]:
+        """Send so many requests for long answers, and hang up on each within half a second."""
+        rng, turns = random.Random(seed), asyncio.Semaphore(50)
+        outcomes: Counter[str] = Counter()
+
+        async def one(http: httpx.AsyncClient, i: int) -> None:
+            record = Record(f"aborter-{i % 20}", submit_s=0.0)
+            planned = Planned(record.client, 0.0, "river table window", 300)
+            async with turns:
+                try:
+                    async with asyncio.timeout(rng.uniform(0.05, 0.5)):
+                        await send(http, self._target, planned, record, lambda: 0.0, lambda *_: None)
+                    outcomes[record.error or "finished"] += 1
+                except TimeoutError:
+                    outcomes["hung up after the first token" if record.first_s is not None else "hung up before"] += 1
+
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        async with httpx.AsyncClient(limits=limits, timeout=httpx.Timeout(None)) as http:
+            await asyncio.gather(*(one(http, i) for i in range(num)))
+        return dict(outcomes)
+
     async def _at_rest(self) -> dict[str, Any]:
         """Everybody has hung up: the status when nothing waits or runs any more, or after a minute."""
         status: Mapping[str, Any] | None = None
@@ -292,6 +322,17 @@ def _running(status: Mapping[str, Any]) -> int:
     return sum(replica["running"] + replica["waiting"] for replica in status["replicas"].values())
 
 
+def _left(status: Mapping[str, Any]) -> dict[str, Any]:
+    """What is still at work; free KV tokens of all that there are, by replica."""
+    replicas = status["replicas"].values()
+    return {
+        "waiting": status["waiting"],
+        "leases": status["leases"],
+        "running": _running(status),
+        "kv_free": [[replica["free_kv_tokens"], replica["kv_capacity_tokens"]] for replica in replicas],
+    }
+
+
 def _ttft(records: Sequence[Record]) -> dict[str, Any]:
     """Seconds to the first token; what still waits is not counted, and said."""
     first = sorted(record.first_s - record.submit_s for record in records if record.first_s is not None)
@@ -309,6 +350,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="overload", description=__doc__.split("\n")[0])
     parser.add_argument("--seconds", type=float, default=180.0, help="of the flood (default 180)")
     parser.add_argument("--solo", type=float, default=40.0, help="seconds of the polite clients alone (default 40)")
+    parser.add_argument("--aborts", type=int, default=2_000, help="requests hung up on in the end (default 2000)")
     parser.add_argument("--seed", type=int, default=0, help="of the arrivals (default 0)")
     parser.add_argument("--note", default="", help="what else the machine does, for the record")
     parser.add_argument("--out", type=Path, default=Path("out/overload.json"), help="file (default out/overload.json)")

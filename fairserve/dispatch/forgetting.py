@@ -29,7 +29,7 @@ from collections.abc import Callable
 from math import inf
 from typing import Any
 
-from fairserve.fairness.hierarchy import group_of, is_group
+from fairserve.fairness.hierarchy import group_of, is_group, path_of
 from fairserve.fairness.queue import FairQueue
 
 GROUPS_LOOKED_AT = 32
@@ -50,6 +50,8 @@ class Idlers:
         """By group of the branch; the group looked at last stands last."""
         self._entries: dict[str, Entry] = {}
         """The entry that counts, by client."""
+        self._parked: dict[str, Entry] = {}
+        """By group, instead of in its heap: the one that may not be forgotten as long as newcomers are lifted to it."""
         self._num_pushed = 0
 
     def __len__(self) -> int:
@@ -66,15 +68,15 @@ class Idlers:
 
     def first(self) -> tuple[str, float] | None:
         """Who goes first, and by how much it is ahead of a newcomer; None when nobody may be forgotten."""
-        best, least = None, inf
-        for _ in range(min(GROUPS_LOOKED_AT, len(self._heaps))):
+        best, least, num_looked_at = None, inf, 0
+        while num_looked_at < min(GROUPS_LOOKED_AT, len(self._heaps)):
             group = next(iter(self._heaps))
             heap = self._heaps.pop(group)
             entry = self._head(group, heap)
-            if heap:
-                self._heaps[group] = heap
             if entry is None:
-                continue
+                continue  # and its heap is empty
+            self._heaps[group] = heap
+            num_looked_at += 1
             lead = entry[0] - self._queue.newcomer(group)
             if lead < least:
                 best, least = entry[1], lead
@@ -83,16 +85,18 @@ class Idlers:
         return None if best is None else (best, least)
 
     def forgotten(self, client: str) -> None:
+        """By the queue, too."""
         self._entries.pop(client, None)
+        for group in map(group_of, path_of(client)):
+            self._unpark(group)  # it may be alone in there now, and stand elsewhere
 
     def _is_idle(self, client: str) -> bool:
         queue = self._queue
         return not (queue.backlog.has(client) or self._is_busy(client) or queue.is_under_way(client))
 
     def _head(self, group: str, heap: list[Entry]) -> Entry | None:
-        """The least of the group that may be forgotten; entries that do not count leave the heap."""
-        reference: list[Entry] = []
-        found: Entry | None = None
+        """The least of the group that may be forgotten, or None and the heap is empty: entries that do not count leave
+        it, and the one whom newcomers are compared with is parked."""
         while heap:
             entry = heap[0]
             client = entry[1]
@@ -105,13 +109,15 @@ class Idlers:
                 heapq.heappop(heap)
                 self._put(client, *now, heap if now[0] == group else self._heaps.setdefault(now[0], []))
             elif not self._queue.can_forget(client):
-                reference.append(heapq.heappop(heap))
+                self._parked[group] = heapq.heappop(heap)
             else:
-                found = entry
-                break
-        for entry in reference:
-            heapq.heappush(heap, entry)
-        return found
+                return entry
+        return None
+
+    def _unpark(self, group: str) -> None:
+        entry = self._parked.pop(group, None)
+        if entry is not None:
+            heapq.heappush(self._heaps.setdefault(group, []), entry)
 
     def _standing(self, client: str) -> tuple[str, float]:
         top = self._queue.branch_of(client)
@@ -123,6 +129,7 @@ class Idlers:
         if entry is not None and entry[0] == counter:
             return  # where its group is another by now, it is put right when it surfaces
         self._put(client, group, counter, self._heaps.setdefault(group, []))
+        self._unpark(group)  # another may be the last to leave by now
         self._num_pushed += 1
         if self._num_pushed > 2 * len(self._entries) + 64:
             self._rebuild()
@@ -135,7 +142,7 @@ class Idlers:
         """Many entries do not count: without them."""
         self._num_pushed = 0
         self._entries = {client: entry for client, entry in self._entries.items() if self._is_idle(client)}
-        self._heaps = {}
+        self._heaps, self._parked = {}, {}
         for client, entry in self._entries.items():
             self._heaps.setdefault(self._standing(client)[0], []).append(entry)
         for heap in self._heaps.values():
@@ -147,5 +154,5 @@ class Idlers:
 
     def check(self) -> None:
         assert self._entries.keys() <= set(self._queue.table)
-        in_heaps = {id(entry) for heap in self._heaps.values() for entry in heap}
+        in_heaps = {id(entry) for heap in (*self._heaps.values(), list(self._parked.values())) for entry in heap}
         assert all(id(entry) in in_heaps for entry in self._entries.values())

@@ -63,7 +63,7 @@ def many_names(
 LIFE = {"seed": st.integers(0, 10**6), "loss": st.sampled_from([0.0, 0.1, 0.5]), "crashes": st.booleans()}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(**LIFE, kept_accounts=st.sampled_from([0, 2]))
 def test_with_accounts_closed_at_once_every_token_is_merged_exactly_once(
     seed: int, loss: float, crashes: bool, kept_accounts: int
@@ -79,7 +79,7 @@ def test_with_accounts_closed_at_once_every_token_is_merged_exactly_once(
         assert book is None or book.totals.keys() == replica.reporter._totals.keys()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(**LIFE, max_clients=st.integers(1, 6), levels=st.sampled_from([1, 2, 3]))
 def test_with_clients_forgotten_all_tokens_together_are_still_counted_once(
     seed: int, loss: float, crashes: bool, max_clients: int, levels: int
