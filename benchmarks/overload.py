@@ -129,7 +129,7 @@ class Memory:
 def _title(process: psutil.Process) -> str:
     words = process.cmdline() or [process.name()]
     if words[0].startswith("ray::"):
-        return words[0].partition(".")[0]  # what follows is the method that runs now
+        return str(words[0]).partition(".")[0]  # what follows is the method that runs now
     scripts = [Path(word).name for word in words if word.endswith(".py")]
     return scripts[0] if scripts else Path(words[0]).name
 
