@@ -384,6 +384,9 @@ class Dispatcher:
         if not lease.confirmed:
             self.leases.confirm(request_id)
             self.capacity.release(lease.replica, request_id)
+            session = self._sessions.get(lease.waiting.router)
+            if session is not None:  # the router had the grant, though it may have no reason to call again
+                session.withdraw(request_id)
         return lease
 
     def _void(self, request_id: str, now_s: float) -> None:
@@ -472,7 +475,7 @@ class Dispatcher:
                 self.num_sent += 1
                 self.door.refused_late(refused)
                 self._refused(refused.submit, error, now_s)
-                self._sessions[refused.router].put(Refusal(request_id, error, self.num_sent))
+                self._sessions[refused.router].put(Refusal(request_id, error, self.num_sent), now_s)
                 self._to_wake.add(refused.router)
         return True
 
@@ -509,7 +512,7 @@ class Dispatcher:
         self.notes.granted(client, room.name, waited_s, now_s, is_over=room.granted_over == request_id)
         if self._log is not None:
             self._log.granted(lease, self.queue.counter(client), waited_s, now_s)
-        self._sessions[waiting.router].put(Grant(request_id, room.name, waited_s, self.num_sent))
+        self._sessions[waiting.router].put(Grant(request_id, room.name, waited_s, self.num_sent), now_s)
         self._to_wake.add(waiting.router)
 
     def _release(self, lease: Lease, service: float) -> None:
@@ -574,7 +577,7 @@ class Dispatcher:
     def tick(self, now_s: float) -> None:
         """Let leases lapse, routers and replicas die, and overload show; call it a few times a second."""
         limits = self.limits
-        for session in [s for s in self._sessions.values() if now_s - s.heard_s > limits.router_dead_s]:
+        for session in [s for s in self._sessions.values() if s.is_dead(now_s, limits.router_dead_s)]:
             self.notes.lost_router(session.router, now_s - session.heard_s, now_s)
             self._end_session(session, now_s)
         for room in [r for r in self.capacity if now_s - r.heard_s > limits.replica_stale_s]:

@@ -6,6 +6,10 @@ from dataclasses import dataclass, field
 
 from fairserve.dispatch.messages import Grant, Refusal, RouterCall
 
+ANSWER_S = 3.0
+"""A router that waits for grants asks for them all the time, and its next call acknowledges what the last one brought.
+One that leaves a grant without an answer for so long is gone; one that was only slow submits again."""
+
 
 @dataclass(slots=True)
 class RouterSession:
@@ -22,6 +26,14 @@ class RouterSession:
     """Every request of this router that waits or is granted and not finished."""
     outbox: dict[str, Grant | Refusal] = field(default_factory=dict)
     """By request."""
+    told_s: float = 0.0
+    """When there was something in the outbox, after nothing."""
+
+    def is_dead(self, now_s: float, dead_s: float) -> bool:
+        """No call for ``dead_s``, or none for ``ANSWER_S`` although there is something to fetch. The requests of a dead
+        router must not be granted for long: each grant holds room that nobody will use until its lease lapses."""
+        waits_s = now_s - max(self.heard_s, self.told_s)
+        return now_s - self.heard_s > dead_s or (bool(self.outbox) and waits_s > ANSWER_S)
 
     def is_repeat(self, call: RouterCall) -> bool:
         return call.seq <= self.last_seq
@@ -38,7 +50,9 @@ class RouterSession:
         """It was refused after it had been accepted, and the router may not know."""
         return isinstance(self.outbox.get(request_id), Refusal)
 
-    def put(self, news: Grant | Refusal) -> None:
+    def put(self, news: Grant | Refusal, now_s: float) -> None:
+        if not self.outbox:
+            self.told_s = now_s
         self.outbox[news.request_id] = news
 
     def acknowledge(self, grants_ack: int) -> None:
