@@ -29,6 +29,10 @@ RETRY_S = 0.1
 LATE = 1.1
 """A time-out that fires this many times too late tells of a stalled event loop, not of a silent actor."""
 
+EARLY = 0.95
+"""A timer may fire this much too early by another clock: event loops round. It must not take a second time-out to
+notice that the counter actor is silent."""
+
 Reply = TypeVar("Reply")
 
 
@@ -124,7 +128,7 @@ class CounterLink:
             self.num_faults += 1
             # A first call after a long silence has the whole time-out, like any other.
             silent_s = self._clock.now_s() - max(self._last_success_s, began_s)
-            if not self.is_down and (silent_s >= self._timeout_s or not isinstance(error, TimeoutError)):
+            if not self.is_down and (silent_s >= EARLY * self._timeout_s or not isinstance(error, TimeoutError)):
                 logger.warning("counter actor unreachable, going on without it: %r", error)
                 self.is_down = True
             if self._meter is not None:

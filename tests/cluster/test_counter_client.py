@@ -155,6 +155,19 @@ async def test_a_stall_without_a_reply_still_ends_in_the_time_out() -> None:
     assert link.is_down
 
 
+async def test_a_timer_that_fires_a_little_early_tells_of_a_silent_actor_all_the_same() -> None:
+    """Else new requests wait for a second time-out."""
+    clock = VirtualClock()
+    link = CounterLink(CONFIG, clock)
+
+    async def silence() -> None:
+        clock.advance(0.99 * CONFIG.call_timeout_s)
+        await asyncio.Event().wait()
+
+    assert await link.call(silence) is None
+    assert link.is_down
+
+
 async def test_a_stalled_router_keeps_its_place_in_the_queue(service: CounterService, client: RouterClient) -> None:
     task = asyncio.create_task(client.acquire(submit()))
     await until(lambda: num_waiting(service) > 0)
