@@ -8,7 +8,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test serve load lint bench paper clean
+.PHONY: help setup demo test serve load lint bench paper chaos clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ bench: setup ## tokens/s of VTC against FCFS, alternating; other figures: benchm
 
 paper: $(VENV)/.installed ## the VTC paper's workloads, simulated, beside its published numbers: about 5 minutes
 	@$(BIN)/python -m benchmarks.paper $(ARGS)
+
+chaos: $(VENV)/.installed ## ten minutes of random kills, stops and partitions under load: nothing may be lost
+	@$(BIN)/python -m benchmarks.chaos $(ARGS)
 
 clean: ## remove .venv, caches and results; the model stays in the user's cache
 	@rm -rf $(VENV) out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
