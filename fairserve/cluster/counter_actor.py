@@ -396,13 +396,14 @@ class CounterService:
         restored, why, store = "", "", self._keeper.store
         if store is None:
             return restored, why
+        mine = self._saver.cluster  # asks Ray now: later the event loop would wait for the answer
         try:
             found = store.load()
             if found is None:
                 self._saver.go_on(None)
             else:
                 head, snapshot = found
-                is_mine = head.cluster in ("", self._saver.cluster) or not self._config.is_in_redis
+                is_mine = head.cluster in ("", mine) or not self._config.is_in_redis
                 alive = {one.cluster for one in store.heads()}
                 self._dispatcher.load(snapshot if is_mine else adopted(head, snapshot, alive))
                 restored = "snapshot"
