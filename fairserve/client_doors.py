@@ -56,6 +56,7 @@ class RayDoor:
         self._is_mine = not ray.is_initialized()
         if self._is_mine:
             try:
+                join_on_loopback(address or "auto")
                 ray.init(address=address or "auto", logging_level=logging.ERROR, log_to_driver=False)
             except (ConnectionError, ValueError, RuntimeError) as error:
                 where = f"at {address!r}" if address else "on this machine"
@@ -100,6 +101,22 @@ class RayDoor:
             raise CounterUnreachable(silent(method, self._timeout_s)) from None
         except Exception as error:
             raise_plainly(error)
+
+
+def join_on_loopback(address: str) -> None:
+    """A Ray that listens on loopback only, as `fairserve serve` starts it, is joined by those alone who take 127.0.0.1
+    for this machine's address; Ray would replace it by another one, and wait there for ever.
+
+    Raises:
+        ConnectionError: there is no Ray at ``auto``.
+    """
+    from ray._private import ray_constants, services
+
+    if address.startswith("ray://"):
+        return
+    found = services.get_ray_address_from_environment(address, None) or ""
+    if found.startswith("127.0.0.1:") and found in services.find_gcs_addresses():
+        ray_constants.ENABLE_RAY_CLUSTER = False
 
 
 class HttpDoor:

@@ -173,3 +173,31 @@ def test_importing_fairserve_stays_light() -> None:
     assert callable(fairserve.connect)
     with pytest.raises(AttributeError, match="no attribute 'conect'"):
         fairserve.conect  # type: ignore[attr-defined]  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("address", "running", "is_changed"),
+    [
+        ("auto", {"127.0.0.1:6001"}, True),
+        ("127.0.0.1:6001", {"127.0.0.1:6001", "192.0.2.7:6379"}, True),
+        ("127.0.0.1:6379", {"192.0.2.7:6379"}, False),
+        ("auto", {"192.0.2.7:6379"}, False),
+        ("192.0.2.7:6379", set(), False),
+        ("ray://127.0.0.1:10001", {"127.0.0.1:6001"}, False),
+    ],
+)
+def test_a_ray_on_loopback_is_joined_as_such_and_no_other(
+    address: str, running: set[str], is_changed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray._private import ray_constants, services
+
+    from fairserve.client_doors import join_on_loopback
+
+    def found(asked: str, _: None) -> str:
+        return min(running) if asked == "auto" else asked
+
+    monkeypatch.setattr(services, "find_gcs_addresses", lambda: running)
+    monkeypatch.setattr(services, "get_ray_address_from_environment", found)
+    monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", True)
+    join_on_loopback(address)
+    assert ray_constants.ENABLE_RAY_CLUSTER is not is_changed
