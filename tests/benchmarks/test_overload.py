@@ -14,7 +14,7 @@ def test_the_plan_asks_for_the_rate_and_the_crowd_never_uses_a_name_twice() -> N
     assert len(plan) == pytest.approx(5_000, rel=0.1)
     assert {one.client for one in plan} >= set(FLOODING)
     crowd = [one.client for one in plan if one.client.startswith(CROWD)]
-    assert len(crowd) == len(set(crowd)) > 1_000
+    assert len(crowd) == len(set(crowd)) > 50
     assert plan == sorted(plan, key=lambda one: one.at_s)
     assert Names()[crowd[0]] == crowd[0]
 
@@ -43,9 +43,9 @@ def test_memory_is_compared_between_the_first_and_the_last_third() -> None:
     assert row == {"process": "ray::Model", "first_third": 11.0, "last_third": 21.0, "most": 50.0}
 
 
-def test_times_to_the_first_token_are_of_requests_that_got_one() -> None:
+def test_a_request_that_still_waits_for_its_first_token_counts_with_its_age() -> None:
     records = [Record("p", submit_s=0.0, first_s=float(i)) for i in range(1, 101)]
-    figures = _ttft([*records, Record("p", submit_s=0.0, error="HTTP 429"), Record("p", submit_s=0.0)])
+    figures = _ttft([*records, Record("p", submit_s=0.0, error="HTTP 429"), Record("p", submit_s=0.0)], until_s=500.0)
     assert (figures["requests"], figures["errors"]) == (102, {"HTTP 429": 1})
-    assert figures["ttft_p50_s"] == pytest.approx(50.5)
-    assert figures["ttft_p99_s"] == pytest.approx(99.01)
+    assert (figures["still_without_first_token"], figures["ttft_max_s"]) == (1, 500.0)
+    assert figures["ttft_p50_s"] == pytest.approx(51.0)
