@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -41,10 +41,6 @@ a minute, because TCP pauses longer and longer between its tries: that was 5 fai
 def chaos_args(model: str, clients: list[Client], replicas: int) -> FairServeArgs:
     """Few slots, so that clients wait; two doors. The replicas reserve no CPU and the far node offers none, so that
     the doors stay on this side of the cable: it runs between replicas and actor."""
-    keys = [
-        {"client": c.name, "key": c.key, "weight": c.temper.weight, "max_waiting": c.temper.max_waiting}
-        for c in clients
-    ]
     return FairServeArgs.model_validate(
         {
             "model": model,
@@ -54,9 +50,17 @@ def chaos_args(model: str, clients: list[Client], replicas: int) -> FairServeArg
             "num_cpus_per_replica": 0,
             "max_generation_s": 20.0,
             "engine": {"max_num_seqs": 4, "max_num_batched_tokens": 128, "kv_cache_tokens": 2048, "num_threads": 1},
-            "api": {"keys": keys},
+            "api": {"keys": chaos_keys(clients)},
         }
     )
+
+
+def chaos_keys(clients: Sequence[Client]) -> list[dict[str, Any]]:
+    """The configuration of these clients."""
+    return [
+        {"client": c.name, "key": c.key, "weight": c.temper.weight, "max_waiting": c.temper.max_waiting}
+        for c in clients
+    ]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -161,7 +165,9 @@ def _requests_table(outcome: Any) -> Table:
     }
     for outcome_name, text in names.items():
         table.add_row(text, f"{outcome.counts[outcome_name]:,}")
-    table.caption = f"{outcome.num_unconnected} connections were tried again while the proxy was away"
+    table.caption = (
+        f"{outcome.num_unconnected} tries found the proxy away or not ready; {outcome.num_door_deaths} doors died"
+    )
     return table
 
 
@@ -179,6 +185,8 @@ def _tokens_table(outcome: Any) -> Table:
     for text, (num_input, num_output) in rows.items():
         table.add_row(text, f"{num_input:,}", f"{num_output:,}")
     table.add_row("  of which their callers saw", "", f"{tokens.streamed_to_others:,}")
+    most = max((one["seconds"] for one in tokens.unreported_by_replica.values()), default=0.0)
+    table.add_row("  at most so many seconds of a replica's work", "", f"{most:.2f}")
     table.caption = "equal to the token" if tokens.is_exact else "NOT EQUAL"
     return table
 
@@ -195,6 +203,7 @@ def _times_table(outcome: Any) -> Table:
     )
     table.add_row("before the first fault", f"{free['worst_gap']:,.0f} of {free['bound']:,.0f}")
     table.add_row("worst gap across its lives, seen from outside", f"{outcome.worst_gap:,.0f}")
+    table.add_row("longest time without an answer of the actor", f"{outcome.longest_away_s:.2f} s")
     table.add_row("longest time without a token, while there was a proxy", f"{outcome.longest_silence_s:.2f} s")
     doors = [f.back_s for f in outcome.faults if f.kind == "proxy" and f.back_s is not None]
     if doors:

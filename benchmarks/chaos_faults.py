@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -21,6 +22,8 @@ from fairserve.config import CounterConfig
 KILL, STOP, SLOW, RAY_KILL, CUT = "SIGKILL", "SIGSTOP", "slow", "ray.kill", "cut off"
 CUT_S = 15.0
 """How long after the death of an ingress or the proxy a broken connection is put down to it."""
+DOOR_S = 1.0
+"""How exactly the moment of such a death is known."""
 PARTITION_S = 30.0
 
 DECK = (
@@ -114,6 +117,8 @@ class Injector:
         self._rng = rng
         self._cable = cable
         self.faults: list[Fault] = []
+        self.door_deaths_s: list[float] = []
+        """Unix times."""
 
     def deck(self) -> Iterator[tuple[str, str]]:
         """Without an end."""
@@ -133,13 +138,23 @@ class Injector:
         fault.over_s = time.time()
         return fault
 
+    async def watch_doors(self) -> None:
+        """Notes when a process of an ingress or a proxy ends: by the storm, or by Serve's hand after it."""
+        known: set[int] = set()
+        while True:
+            doors = [*await asyncio.to_thread(self._processes.of, "ingress"), *self._processes.of("proxy")]
+            known |= {process.pid for process in doors}
+            for _ in range(5):
+                ended = {pid for pid in known if not _is_running(pid)}
+                self.door_deaths_s += [time.time()] * len(ended)
+                known -= ended
+                await asyncio.sleep(0.1)
+
     def was_cut(self, record: Record) -> bool:
-        """The connection broke soon after an ingress or the proxy was killed that may have carried it."""
+        """The connection broke soon after an ingress or a proxy ended that may have carried it."""
         return any(
-            fault.kind in ("ingress", "proxy")
-            and fault.how == KILL
-            and record.sent_s - 1.0 <= fault.at_s <= record.end_s <= fault.at_s + CUT_S
-            for fault in self.faults
+            record.sent_s - DOOR_S <= at_s <= record.end_s + DOOR_S and record.end_s <= at_s + CUT_S
+            for at_s in self.door_deaths_s
         )
 
     def _victim(self, kind: str, how: str) -> Process | None:
@@ -172,6 +187,13 @@ class Injector:
                 await asyncio.sleep(PARTITION_S)
             finally:
                 self._cable[0].plug()
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 async def _stopped(pid: int, seconds: float) -> None:

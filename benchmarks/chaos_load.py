@@ -22,6 +22,14 @@ CUT, LOST = "connection lost with its ingress or proxy", "lost"
 OUTCOMES = (FINISHED, REFUSED, FAILED, LEFT, CUT, LOST)
 
 
+NO_ROUTES = "/-/routes"
+"""In Serve's own 404: a proxy that has just started knows no application yet. A load balancer would not ask it."""
+
+
+class DoorNotReady(Exception):
+    """Nobody took the request."""
+
+
 @dataclass(frozen=True, slots=True)
 class Temper:
     """How a client asks. ``max_waiting``: of its key."""
@@ -74,6 +82,8 @@ class Record:
     end_s: float = 0.0
     outcome: str = ""
     detail: str = ""
+    is_broken: bool = False
+    """The connection ended without an answer, or with one that is Serve's own."""
     usage: tuple[int, int] | None = None
     num_streamed: int = 0
 
@@ -152,7 +162,7 @@ class Crowd:
         try:
             async with asyncio.timeout(HANG_S):
                 wait_s = await self._send(http, client, body, leave_after, record)
-        except (httpx.ConnectError, httpx.ConnectTimeout):
+        except (httpx.ConnectError, httpx.ConnectTimeout, DoorNotReady):
             self.num_unconnected += 1
             return RECONNECT_S
         except (httpx.HTTPError, ValueError) as error:
@@ -170,7 +180,14 @@ class Crowd:
 
     def _broke(self, record: Record, detail: str) -> None:
         record.end_s = time.time()
-        record.outcome, record.detail = (CUT if self._was_cut(record) else LOST), detail
+        record.outcome, record.detail, record.is_broken = LOST, detail, True
+
+    def blame_doors(self) -> None:
+        """Put broken connections down to the ingress or the proxy that ended, where one did; call it at the end, when
+        all deaths are known."""
+        for record in self.records:
+            if record.is_broken and self._was_cut(record):
+                record.outcome = CUT
 
     async def _send(
         self,
@@ -222,6 +239,8 @@ class Crowd:
 
     async def _refused(self, answer: httpx.Response, record: Record) -> float:
         text = (await answer.aread()).decode(errors="replace")
+        if answer.status_code == 404 and NO_ROUTES in text:
+            raise DoorNotReady
         retry_after = answer.headers.get("retry-after")
         is_ours = '"error"' in text
         if answer.status_code in (429, 503) and retry_after is not None and is_ours:

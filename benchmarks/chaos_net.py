@@ -8,11 +8,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-START_S = 60.0
+from fairserve.errors import ConfigError
+
+START_S = 120.0
 
 
 class Cable:
@@ -50,7 +53,7 @@ def far_node() -> Iterator[tuple[Cable, str]]:
     """A node without CPUs, of the Ray cluster that this process is connected to: the cable to it, and its address.
 
     Raises:
-        TimeoutError: it did not join.
+        ConfigError: it did not join; with the last that it said.
         subprocess.CalledProcessError: the namespace could not be made.
     """
     import ray
@@ -61,41 +64,41 @@ def far_node() -> Iterator[tuple[Cable, str]]:
     near_ip, far_ip = f"{net[0]}.{int(net[1]) + 1}", f"{net[0]}.{int(net[1]) + 2}"
     _ip("netns", "add", space)
     node: subprocess.Popen[bytes] | None = None
-    try:
-        _ip("link", "add", near, "type", "veth", "peer", "name", inside, "netns", space)
-        _ip("addr", "add", f"{near_ip}/30", "dev", near)
-        _ip("link", "set", near, "up")
-        _ip("-n", space, "addr", "add", f"{far_ip}/30", "dev", inside)
-        _ip("-n", space, "link", "set", inside, "up")
-        _ip("-n", space, "link", "set", "lo", "up")
-        _ip("-n", space, "route", "add", "default", "via", near_ip)
-        address = ray.get_runtime_context().gcs_address
-        start = [str(Path(sys.executable).with_name("ray")), "start", "--address", address, "--node-ip-address", far_ip]
-        start += ["--num-cpus", "0", "--block"]
-        node = subprocess.Popen(
-            ["ip", "netns", "exec", space, *start],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        _wait_for(far_ip)
-        yield Cable(near), far_ip
-    finally:
-        _ip("link", "set", near, "up", check=False)
-        if node is not None:
-            _end(node)
-        _ip("link", "del", near, check=False)
-        _ip("netns", "del", space, check=False)
+    with tempfile.TemporaryFile() as said:
+        try:
+            _ip("link", "add", near, "type", "veth", "peer", "name", inside, "netns", space)
+            _ip("addr", "add", f"{near_ip}/30", "dev", near)
+            _ip("link", "set", near, "up")
+            _ip("-n", space, "addr", "add", f"{far_ip}/30", "dev", inside)
+            _ip("-n", space, "link", "set", inside, "up")
+            _ip("-n", space, "link", "set", "lo", "up")
+            _ip("-n", space, "route", "add", "default", "via", near_ip)
+            address = ray.get_runtime_context().gcs_address
+            command = ["ip", "netns", "exec", space, str(Path(sys.executable).with_name("ray")), "start", "--block"]
+            command += ["--address", address, "--node-ip-address", far_ip, "--num-cpus", "0"]
+            node = subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
+            if not _joins(far_ip, node):
+                said.seek(0)
+                last = said.read().decode(errors="replace")[-1000:]
+                raise ConfigError(f"the second node did not join within {START_S:g} s: {last}")
+            yield Cable(near), far_ip
+        finally:
+            _ip("link", "set", near, "up", check=False)
+            if node is not None:
+                _end(node)
+            _ip("link", "del", near, check=False)
+            _ip("netns", "del", space, check=False)
 
 
-def _wait_for(address: str) -> None:
+def _joins(address: str, node: subprocess.Popen[bytes]) -> bool:
     import ray
 
     give_up_s = time.monotonic() + START_S
-    while not any(node["Alive"] and node["NodeManagerAddress"] == address for node in ray.nodes()):
-        if time.monotonic() > give_up_s:
-            raise TimeoutError(f"the second node did not join within {START_S:g} s")
+    while not any(one["Alive"] and one["NodeManagerAddress"] == address for one in ray.nodes()):
+        if time.monotonic() > give_up_s or node.poll() is not None:
+            return False
         time.sleep(0.2)
+    return True
 
 
 def _end(node: subprocess.Popen[bytes]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import ray
 
 from benchmarks.chaos_faults import CUT as CUT_OFF
-from benchmarks.chaos_faults import STOP, Fault, Injector
+from benchmarks.chaos_faults import STOP, Fault, Injector, Processes
 from benchmarks.chaos_load import CUT, FAILED, FINISHED, LEFT, OUTCOMES, Client, Crowd, Record
 from benchmarks.chaos_witness import Made, read_witnesses, witness_folder
 from fairserve.fairness.bounds import GapMonitor
@@ -102,6 +102,8 @@ class Outcome:
     details: dict[str, int]
     """What callers saw of requests that did not finish."""
     num_unconnected: int
+    num_door_deaths: int
+    """Processes of ingresses and proxies that ended, killed by the storm or by Serve when it came back."""
     lost: list[str]
     tokens: Audit
     lives: dict[int, dict[str, float]]
@@ -109,6 +111,8 @@ class Outcome:
     """Bound, worst gap and staleness at the end of the time before the first fault."""
     worst_gap: float
     """As the watcher saw it, across the actor's lives."""
+    longest_away_s: float
+    """The longest time for which the counter actor did not answer."""
     longest_silence_s: float
     """The longest time in which no replica made a token, while there was a proxy."""
 
@@ -124,7 +128,8 @@ class Audit:
     charged: Tokens = (0, 0)
     unreported: Tokens = (0, 0)
     """Made by replicas that were killed before they reported it: charged to nobody, told perhaps."""
-    unreported_by_replica: dict[str, Tokens] = field(default_factory=dict)
+    unreported_by_replica: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Tokens; the seconds of work that they are: about one report, or the time for which the actor was away, too."""
     told: Tokens = (0, 0)
     """Usage of the finished requests."""
     made_for_finished: Tokens = (0, 0)
@@ -159,7 +164,8 @@ def audit(
             by_request[request_id] += num_output
         missing = _minus(one.num_tokens, books.get(replica, (0, 0)))
         if missing != (0, 0):
-            result.unreported_by_replica[replica] = missing
+            seconds = one.seconds_since(books.get(replica, (0, 0))[1])
+            result.unreported_by_replica[replica] = {"tokens": missing, "seconds": round(seconds, 3)}
             result.unreported = _plus(result.unreported, missing)
             if replica in alive:
                 result.problems.append(f"living replica {replica}: made minus charged is {missing}")
@@ -191,7 +197,7 @@ async def storm(
     model: str,
     clients: Sequence[Client],
     injector: Injector,
-    processes: Any,
+    processes: Processes,
     *,
     seconds: float,
     calm_s: float,
@@ -220,14 +226,17 @@ async def storm(
         await asyncio.sleep(max(0.0, began_s + seconds - time.time()))
 
     watching = asyncio.create_task(watcher.run())
+    doors = asyncio.create_task(injector.watch_doors())
     try:
         await crowd.run(work())
         loaded_s = time.time()
         say("waiting until all is quiet")
-        await _quiet(watcher)
+        await _quiet(watcher, processes)
     finally:
         watching.cancel()
-        await asyncio.gather(watching, return_exceptions=True)
+        doors.cancel()
+        await asyncio.gather(watching, doors, return_exceptions=True)
+    crowd.blame_doors()
     made = await asyncio.to_thread(read_witnesses, witness_folder())
     books, charged = await asyncio.to_thread(_ledger, processes.counter_actor())
     alive = [process.name.rpartition("#")[2] for process in processes.of("replica")]
@@ -242,6 +251,7 @@ async def storm(
         counts={name: counts[name] for name in OUTCOMES},
         details=dict(Counter(f"{r.outcome}: {r.detail[:80]}" for r in crowd.records if r.detail)),
         num_unconnected=crowd.num_unconnected,
+        num_door_deaths=len(injector.door_deaths_s),
         lost=[
             f"{r.client} {r.id or '(no id)'} sent at {r.sent_s - began_s:.1f} s, ended at {r.end_s - began_s:.1f} s: "
             f"{r.detail}"
@@ -252,12 +262,14 @@ async def storm(
         lives=watcher.lives,
         fault_free=fault_free,
         worst_gap=watcher.gaps.worst,
+        longest_away_s=_away(watcher.samples),
         longest_silence_s=_silence(times_s, shut),
     )
 
 
-async def _quiet(watcher: Watcher) -> None:
-    """Nothing waits, runs or is granted anywhere, and nothing has changed between two looks a second apart.
+async def _quiet(watcher: Watcher, processes: Processes) -> None:
+    """Nothing waits, runs or is granted anywhere, every living replica is in touch, and nothing has changed between two
+    looks a second apart.
 
     Raises:
         TimeoutError: it does not come to that.
@@ -269,6 +281,8 @@ async def _quiet(watcher: Watcher) -> None:
             if status is not None:
                 replicas = status["replicas"].values()
                 busy = status["waiting"] or status["leases"] or any(r["running"] or r["waiting"] for r in replicas)
+                alive = await asyncio.to_thread(processes.of, "replica")
+                busy = busy or not {one.name.rpartition("#")[2] for one in alive} <= status["replicas"].keys()
                 now = status["epoch"], status["clients"], sorted(status["replicas"])
                 if not busy and now == last:
                     return
@@ -319,6 +333,11 @@ def _time_proxies(faults: list[Fault], records: list[Record]) -> None:
         if fault.kind == "proxy":
             firsts_s = [r.first_s for r in records if r.sent_s > fault.at_s and r.first_s is not None]
             fault.back_s = min(firsts_s) - fault.at_s if firsts_s else None
+
+
+def _away(samples: Sequence[Sample]) -> float:
+    answered_s = [sample.at_s for sample in samples if sample.gap is not None]
+    return max((b - a for a, b in pairwise(answered_s)), default=0.0)
 
 
 def _silence(times_s: Sequence[float], shut: Sequence[tuple[float, float]]) -> float:

@@ -105,23 +105,33 @@ class Made:
     """When requests came without a grant."""
     times_s: list[float] = field(default_factory=list)
     """When anything was made."""
+    totals: list[int] = field(default_factory=list)
+    """Output tokens made in all by then."""
 
     @property
     def num_tokens(self) -> tuple[int, int]:
         """Input and output."""
         return sum(i for i, _ in self.requests.values()), sum(o for _, o in self.requests.values())
 
+    def seconds_since(self, num_output: int) -> float:
+        """From the moment when more than so many output tokens had been made to the last thing that was."""
+        first = next((at_s for at_s, total in zip(self.times_s, self.totals, strict=True) if total > num_output), None)
+        return 0.0 if first is None else self.times_s[-1] - first
+
 
 def read_witnesses(folder: Path) -> dict[str, Made]:
     """By replica, as far as the files go now."""
     made = {}
     for path in sorted(folder.iterdir()) if folder.exists() else []:
-        one = made[path.name] = Made()
+        one, total = Made(), 0
+        made[path.name] = one
         for line in path.read_text().splitlines():
             kind, at_s, request_id, num_input, num_output = line.split()
             if kind == UNGRANTED:
                 one.ungranted_s.append(float(at_s))
             else:
+                total += int(num_output) - one.requests.get(request_id, (0, 0))[1]
                 one.times_s.append(float(at_s))
+                one.totals.append(total)
                 one.requests[request_id] = int(num_input), int(num_output)
     return made
