@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 RETRY_S = 0.1
 """Pause between two tries while the counter actor does not answer."""
 
+MAX_NEVER_ACCEPTED = 20_000
+"""Requests remembered that went ahead unseen by the counter actor; most never come back."""
+
 LATE = 1.1
 """A time-out that fires this many times too late tells of a stalled event loop, not of a silent actor."""
 
@@ -179,6 +182,7 @@ class RouterClient:
         self._clock = clock
         self._metrics = metrics
         self._link = CounterLink(config, clock, router_meter(metrics))
+        self._never_accepted: dict[str, None] = {}
         self._waiters: dict[str, asyncio.Future[Grant | None]] = {}
         self._news = asyncio.Event()
         self._waiting = asyncio.Event()
@@ -229,6 +233,11 @@ class RouterClient:
         self._book.forget(request_id)
         self._news.set()
 
+    def was_accepted(self, request_id: str) -> bool:
+        """Of a request that asks again: whether queue limits no longer apply to it. One that went ahead without a grant
+        before the counter actor had seen it was accepted by nobody. To be asked once."""
+        return request_id not in self._never_accepted or self._never_accepted.pop(request_id) is not None
+
     def replica_gone(self, replica: str) -> None:
         """The replica's process has ended: what it was charged and did not serve returns at once."""
         self._book.gone(replica)
@@ -262,7 +271,10 @@ class RouterClient:
         """Go ahead without a grant."""
         future = self._waiters.pop(request_id, None)
         if future is not None and not future.done():
-            self._book.forget(request_id)
+            if not self._book.forget(request_id):
+                self._never_accepted[request_id] = None
+                if len(self._never_accepted) > MAX_NEVER_ACCEPTED:
+                    del self._never_accepted[next(iter(self._never_accepted))]
             self._metrics.add(UNGRANTED_REQUESTS)
             future.set_result(None)
 

@@ -94,8 +94,9 @@ class FairRouter(RequestRouter):
         replaces = pending_request.kwargs.get("replaces")
         if replaces and not is_retry:
             self._client.forget(replaces)
-        if is_retry or replaces:  # it was accepted before: its place is kept
-            submit = replace(submit, is_retry=True, waited_s=time.time() - arrived_s)
+        if is_retry or replaces:  # its place is kept
+            was_accepted = self._client.was_accepted(replaces or request.request_id)
+            submit = replace(submit, is_retry=was_accepted, waited_s=time.time() - arrived_s)
         void = vars(pending_request).pop("fairserve_grant", None)
         if void is not None:  # Serve could not hand it to that replica
             self._client.decline(void)

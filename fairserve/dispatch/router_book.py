@@ -75,13 +75,15 @@ class RouterBook:
         self._to_submit[submit.request_id] = None
         self._cancels.pop(submit.request_id, None)
 
-    def forget(self, request_id: str) -> None:
-        """Nobody waits for it any more (the caller went away, or went ahead without a grant)."""
+    def forget(self, request_id: str) -> bool:
+        """Nobody waits for it any more (the caller went away, or went ahead without a grant). Returns whether the
+        authority had accepted it."""
         wanted = self._wanted.pop(request_id, None)
         was_queued = request_id in self._to_submit
         self._to_submit.pop(request_id, None)
         if wanted is None or wanted.was_taken or not was_queued:
             self._cancels[request_id] = None
+        return wanted is not None and (wanted.was_taken or wanted.submit.is_retry)
 
     def decline(self, grant: Grant, *, is_unreachable: bool) -> None:
         """The grant will not be used."""

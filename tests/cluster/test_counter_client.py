@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from fairserve.clock import SystemClock, VirtualClock
+from fairserve.cluster import counter_client
 from fairserve.cluster.counter_actor import CounterService
 from fairserve.cluster.counter_client import CounterLink, RayTransport, RouterClient
 from fairserve.config import CounterConfig, FairServeArgs
@@ -124,6 +125,22 @@ async def test_waiters_are_let_go_once_and_leave_nothing_behind(wire: Wire, clie
     wire.is_cut = False
     await until(lambda: num_waiting(wire.service) == 0)
     assert not client.is_degraded
+
+
+async def test_what_goes_ahead_is_known_as_accepted_only_if_the_counter_actor_had_it(
+    wire: Wire, client: RouterClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accepted = asyncio.create_task(client.acquire(submit("had")))
+    await until(lambda: num_waiting(wire.service) == 1 and client._book._wanted["had"].was_taken)
+    wire.is_cut = True
+    assert await client.acquire(submit("never")) is None
+    assert await accepted is None
+    assert client.was_accepted("had") and not client.was_accepted("never")
+    assert not client._never_accepted, "it is asked once"
+    monkeypatch.setattr(counter_client, "MAX_NEVER_ACCEPTED", 2)
+    for i in range(4):
+        assert await client.acquire(submit(f"r{i}")) is None
+    assert [*client._never_accepted] == ["r2", "r3"]
 
 
 async def test_a_stalled_event_loop_is_not_taken_for_a_silent_actor(service: CounterService, wire: Wire) -> None:

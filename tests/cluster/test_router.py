@@ -29,6 +29,7 @@ class ScriptedClient:
     declined: list[tuple[str, bool]] = field(default_factory=list)
     told: list[tuple[str, str]] = field(default_factory=list)
     """What was said of replicas and requests, in order."""
+    never_accepted: set[str] = field(default_factory=set)
 
     async def acquire(self, submit: Submit) -> Grant | None:
         self.asked.append(submit)
@@ -40,6 +41,9 @@ class ScriptedClient:
 
     def forget(self, request_id: str) -> None:
         self.told.append(("forget", request_id))
+
+    def was_accepted(self, request_id: str) -> bool:
+        return request_id not in self.never_accepted
 
     def replica_gone(self, replica: str) -> None:
         self.told.append(("gone", replica))
@@ -172,6 +176,16 @@ async def test_a_retry_gives_the_void_grant_back_once_and_keeps_the_place() -> N
     assert client.declined == [("a", True)]
     assert [submit.is_retry for submit in client.asked] == [False, True, True]
     assert client.asked[1].waited_s == pytest.approx(5, abs=1)
+
+
+async def test_what_comes_back_and_was_never_accepted_meets_the_queue_limits_in_its_place() -> None:
+    client = ScriptedClient(["a"])
+    client.never_accepted = {"r1"}
+    request = pending(GenerateRequest("r1~1", "ann", (1, 2, 3)))
+    request.kwargs |= {"replaces": "r1", "first_sent_s": time.time() - 5}
+    await router_of(client, "a")._choose_replica_for_request(request)
+    assert not client.asked[0].is_retry
+    assert client.asked[0].waited_s == pytest.approx(5, abs=1)
 
 
 async def test_a_replica_that_leaves_serves_list_is_told_once_as_draining() -> None:
