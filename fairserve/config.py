@@ -50,8 +50,8 @@ class Strict(BaseModel):
                     former = [cls.renamed[name]] if name in cls.renamed else []
                     near = former or difflib.get_close_matches(str(name), cls.model_fields, n=1)
                     hint = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(cls.model_fields)}"
-                    shown = "the field that was given" if cls.holds_secret else f"field {name!r}"
-                    raise ValueError(f"{cls.__name__} has no {shown}: {hint}")
+                    shown = "of the given name" if cls.holds_secret else repr(name)
+                    raise ValueError(f"{cls.__name__} has no field {shown}: {hint}")
         return data
 
 

@@ -231,7 +231,8 @@ class Engine:
         self._fail(chunk.request_id, why, "model_error")
 
     def _plan_less(self, plan: StepPlan, why: str) -> StepPlan:
-        """After a step that ran out of memory. Returns what was computed: nothing.
+        """After a step that ran out of memory. Returns what was computed: nothing, or all of a step that cannot be made
+        smaller and found memory at the second try.
 
         Raises:
             EngineBroken: there is no memory for a prompt of a few tokens either.
@@ -242,6 +243,10 @@ class Engine:
         if num_preempted is None:
             if not self._runner.is_sound():
                 raise EngineBroken(f"there is no memory left to compute anything: {why}")
+            again = run_step(self._runner, plan)  # another process's shortage may be over
+            if again.out_of_memory is None:
+                self._commit(plan, again)
+                return plan
             for chunk in plan:
                 self._fail_computed(chunk, f"there is no memory to compute it, even alone: {why}")
         logger.warning(

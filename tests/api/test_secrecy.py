@@ -127,7 +127,7 @@ async def test_a_secret_in_any_header_shows_in_no_answer_log_metric_event_or_fil
         for path, _ in READS:
             assert (await ask("GET", f"/admin/v1{path}", headers=admin)).status_code in (200, 404)
     await served.actor._tick()
-    await served.actor._save(served.actor._keeper.store)  # type: ignore[arg-type]
+    await served.actor._keep(served.actor._keeper.store)  # type: ignore[arg-type]
     if served.actor._ticking is not None:
         served.actor._ticking.cancel()
 

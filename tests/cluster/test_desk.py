@@ -185,7 +185,7 @@ def test_a_key_is_shown_without_its_secret_and_its_digest(desk: Desk) -> None:
         ({"client": "bob"}, "exactly one"),
         (entry("a b"), "client: "),
         (entry("bob", weight=-1), "weight: "),
-        (entry("bob", wieght=1), "wieght"),
+        (entry("bob", wieght=1), "no field of the given name: did you mean 'weight'"),
     ],
 )
 def test_a_key_that_contradicts_what_is_there_is_refused(desk: Desk, wrong: dict[str, Any], says: str) -> None:

@@ -24,7 +24,7 @@ async def test_a_report_counts_as_saved_once_a_snapshot_holds_it(tmp_path: Path)
     assert (first.ack, first.saved) == (1, 0)
     store = service._keeper.store
     assert store is not None
-    await service._save(store)
+    await service._keep(store)
     second = await service.report(report(2))
     assert (second.ack, second.saved) == (2, 1)
     again = CounterService(args(tmp_path / "counters.sqlite"))
@@ -37,7 +37,7 @@ async def test_a_snapshot_that_cannot_be_written_saves_nothing(tmp_path: Path) -
     store = service._keeper.store
     assert store is not None
     store.path = tmp_path / "no folder" / "\0"
-    await service._save(store)
+    await service._keep(store)
     assert (await service.report(report(2))).saved == 0
 
 

@@ -229,9 +229,9 @@ def tell_nothing(self: Changes[Any, Any], keys: Any) -> None:
 
 
 def run_life() -> None:
-    """Without the search for a shorter example, and the same every time."""
+    """Until it goes wrong, mostly within a second, and without the search for a shorter example."""
     quick = settings(
-        max_examples=100,
+        max_examples=2_000,
         stateful_step_count=50,
         deadline=None,
         database=None,
