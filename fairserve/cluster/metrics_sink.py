@@ -115,7 +115,7 @@ def actor_metrics(config: MetricsConfig, counters: str) -> MetricsSink | None:
 
 
 def deployment_metrics(config: MetricsConfig, counters: str) -> MetricsSink:
-    """For the Serve replica that this process is; the labels are Serve's own, empty in any other process.
+    """For the Serve replica that this process is, under Serve's own labels; nothing for any other process.
 
     ``ray.serve.metrics`` would add the same labels, and look up the request's context at every call besides.
     """
@@ -127,6 +127,6 @@ def deployment_metrics(config: MetricsConfig, counters: str) -> MetricsSink:
     try:
         context = serve.get_replica_context()
         values = (context.deployment, context.replica_tag, context.app_name)
-    except RayServeException:
-        values = ("", "", "")
+    except RayServeException:  # a driver that holds a handle, and with it a router
+        return NO_METRICS
     return RayMetrics({COMMON_LABEL: counters, **dict(zip(SERVE_LABELS, values, strict=True))})

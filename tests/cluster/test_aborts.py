@@ -46,7 +46,8 @@ async def test_a_flood_of_aborts_leaves_nothing_waiting_nothing_running_and_all_
     for name, replica in after["replicas"].items():
         assert (replica["running"], replica["waiting"], replica["granted_unconfirmed"]) == (0, 0, 0)
         assert replica["free_kv_tokens"] == replica["kv_capacity_tokens"], name
-    loads = serve.get_deployment_handle("Model", app_name=served.name).broadcast("load").results(timeout_s=30)
+    model = serve.get_deployment_handle("Model", app_name=served.name)
+    loads = await asyncio.to_thread(lambda: model.broadcast("load").results(timeout_s=30))
     assert list(loads) == [(0, 0)] * len(loads)
     usage = await asyncio.to_thread(served.usage)
     for client, row in after["clients"].items():

@@ -52,7 +52,7 @@ def running(*command: str, **environment: str) -> Iterator[subprocess.Popen[byte
         try:
             yield process
             process.send_signal(signal.SIGINT)
-            process.wait(60)
+            process.wait(180)  # Serve lets its replicas finish, on whatever machine
         except BaseException:
             print(log.read_text()[-4000:])
             raise

@@ -61,7 +61,8 @@ async def test_a_live_weight_moves_the_share_within_five_seconds_and_survives_th
             assert view["weight"] == 4.0
             assert 2.8 <= await share(served) <= 5.2
             await kill_the_counter_actor(served)
-            assert 2.8 <= await share(served) <= 5.2
+            # Above 4 for a while: what bob got beyond his share while nobody decided is made up for.
+            assert 2.8 <= await share(served) <= 12
             assert (await ask(served, "client", "ann"))["weight"] == 4.0
             (entry,) = [one for one in await ask(served, "audit") if one["target"] == "ann"]
             assert (entry["who"], entry["before"], entry["after"]) == ("test", {"weight": None}, {"weight": 4.0})
