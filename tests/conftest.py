@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import socket
 import sys
 import tempfile
@@ -20,6 +21,10 @@ from fairserve.clock import VirtualClock
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("RAY_worker_niceness", "0")
+
+# A background job of a shell ignores Ctrl-C, and would hand that on to the commands that tests start and end so.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How fast a loaded machine is must not decide a test.
 settings.register_profile("house", deadline=None, suppress_health_check=[HealthCheck.too_slow])
