@@ -266,6 +266,18 @@ def key_digest(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
+def _check_one_secret(whose: str, key: str | None, key_sha256: str | None) -> None:
+    if (key is None) == (key_sha256 is None):
+        raise ValueError(f"{whose}: give exactly one of 'key' and 'key_sha256'")
+
+
+def _digest_of(key: str | None, key_sha256: str | None) -> str:
+    if key_sha256 is not None:
+        return key_sha256
+    assert key is not None, "exactly one of the two is given"
+    return key_digest(key)
+
+
 CLIENT_PATH = f"{CLIENT_SEGMENT}(/{CLIENT_SEGMENT}){{0,2}}"
 CLIENT_RULE = "up to three segments joined by /, each 1-64 of A-Z a-z 0-9 . _ : @ -"
 
@@ -300,17 +312,13 @@ class ApiKey(Strict):
 
     @model_validator(mode="after")
     def _one_secret(self) -> ApiKey:
-        if (self.key is None) == (self.key_sha256 is None):
-            raise ValueError(f"client {self.client!r}: give exactly one of 'key' and 'key_sha256'")
+        _check_one_secret(f"client {self.client!r}", self.key, self.key_sha256)
         return self
 
     @property
     def digest(self) -> str:
         """``key_sha256``, or the same made from ``key``."""
-        if self.key_sha256 is not None:
-            return self.key_sha256
-        assert self.key is not None, "exactly one of the two is given"
-        return key_digest(self.key)
+        return _digest_of(self.key, self.key_sha256)
 
 
 class AdminKey(Strict):
@@ -327,17 +335,13 @@ class AdminKey(Strict):
 
     @model_validator(mode="after")
     def _one_secret(self) -> AdminKey:
-        if (self.key is None) == (self.key_sha256 is None):
-            raise ValueError(f"admin {self.name!r}: give exactly one of 'key' and 'key_sha256'")
+        _check_one_secret(f"admin {self.name!r}", self.key, self.key_sha256)
         return self
 
     @property
     def digest(self) -> str:
         """``key_sha256``, or the same made from ``key``."""
-        if self.key_sha256 is not None:
-            return self.key_sha256
-        assert self.key is not None, "exactly one of the two is given"
-        return key_digest(self.key)
+        return _digest_of(self.key, self.key_sha256)
 
 
 class ApiConfig(Strict):

@@ -66,9 +66,8 @@ class CounterService:
 
     ``memory`` keeps the settings of the newest :meth:`configure` for a restart, which comes with the first settings;
     ``live_memory`` keeps what was changed live, beside the store; ``id_memory`` the id of this Ray cluster.
-    ``session_folder`` names the folder of the cluster's
-    session, where there is one. ``metrics`` None: none are exported. ``was_restarted`` tells whether this is not the
-    actor's first life.
+    ``session_folder`` names the folder of the cluster's session, where there is one. ``metrics`` None: none are
+    exported. ``was_restarted`` tells whether this is not the actor's first life.
     """
 
     def __init__(

@@ -209,7 +209,7 @@ class Dispatcher:
 
     def _submit(self, submit: Submit, session: RouterSession, now_s: float) -> Refusal | None:
         request_id = submit.request_id
-        if request_id in self.room or request_id in self.leases or session.is_refused(request_id):
+        if self.holds(request_id) or session.is_refused(request_id):
             return None
         client = submit.client
         self.weights.carry(client, submit.weight)

@@ -23,7 +23,7 @@ from fairserve.dispatch.cut import Cut
 from fairserve.dispatch.messages import Totals
 from fairserve.dispatch.store import Head, OutOfStep, Overtaken, SqliteStore, Store, Superseded
 from tests.dispatch.kit import Desk
-from tests.memory_store import normal, run_to_end
+from tests.memory_store import counter_of_ann, normal, run_to_end, whole
 
 HEAD = Head("here", incarnation=5, life=9, seq=1, saved_s=100.0)
 NOW_S = 1_000_000.0
@@ -48,16 +48,6 @@ def desk() -> Desk:
 @pytest.fixture(params=["sqlite", "redis"])
 def store(request: pytest.FixtureRequest, tmp_path: Path, fake: Any) -> Store:
     return SqliteStore(tmp_path / "c.sqlite") if request.param == "sqlite" else redis_store(fake)
-
-
-def whole(counter: float = 0.0) -> Cut:
-    return Cut(is_whole=True, nodes={"ann": (counter, 1.0, None), "": (0.0, 1.0, "ann")})
-
-
-def counter_of_ann(store: Store) -> float:
-    found = store.load()
-    assert found is not None
-    return float(found[1]["counters"]["ann"][0])
 
 
 # -- both stores ------------------------------------------------------------------------------------------------------

@@ -17,20 +17,10 @@ from fairserve.dispatch.dispatcher import Dispatcher
 from fairserve.dispatch.messages import Totals
 from fairserve.dispatch.store import SCHEMA_VERSION, Head, OutOfStep, SqliteStore, Superseded
 from tests.dispatch.kit import Desk
-from tests.memory_store import MemoryStore, normal, run_to_end
+from tests.memory_store import MemoryStore, counter_of_ann, normal, run_to_end, whole
 
 HEAD = Head("here", incarnation=5, life=9, seq=1)
 """Of the first cut."""
-
-
-def whole(counter: float = 0.0) -> Cut:
-    return Cut(is_whole=True, nodes={"ann": (counter, 1.0, None), "": (0.0, 1.0, "ann")})
-
-
-def counter_of_ann(store: SqliteStore) -> float:
-    found = store.load()
-    assert found is not None
-    return float(found[1]["counters"]["ann"][0])
 
 
 @pytest.fixture
