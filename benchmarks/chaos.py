@@ -36,6 +36,8 @@ CALM_S = 30.0
 PATIENT_RAY = "RAY_health_check_failure_threshold", "20"
 """Ray gives up a node after 5 failed health checks, and its replicas end with it. A partition of 30 s lasts for nearly
 a minute, because TCP pauses longer and longer between its tries: that was 5 failures in most trials."""
+NOT_ONLY_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "1"
+"""A local Ray listens on loopback only, where the far node could not join it."""
 
 
 def chaos_args(model: str, clients: list[Client], replicas: int) -> FairServeArgs:
@@ -68,6 +70,9 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 140)
     clients = crowd(options.clients)
     os.environ.setdefault(*PATIENT_RAY)
+    no_cable = "not wanted" if options.no_partition else chaos_net.why_not()
+    if no_cable is None:
+        os.environ.setdefault(*NOT_ONLY_LOOPBACK)
     began = time.monotonic()
     try:
         with tempfile.TemporaryDirectory(prefix="fs-chaos-") as folder, contextlib.ExitStack() as stack:
@@ -75,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
 
             args = chaos_args(str(save_tiny_model(Path(folder) / "tiny")), clients, options.replicas)
             cluster = stack.enter_context(local_cluster(args, port=free_port(), quiet=True))
-            cable = stack.enter_context(_cable(options.no_partition, console))
+            cable = stack.enter_context(_cable(no_cable, console))
             outcome = _run(args, clients, options, cluster.url, cable, console)
     except FairServeError as error:
         print(f"chaos: {error}", file=sys.stderr)
@@ -125,8 +130,7 @@ def _run(args: FairServeArgs, clients: list[Client], options: Any, url: str, cab
 
 
 @contextlib.contextmanager
-def _cable(is_unwanted: bool, console: Console) -> Iterator[tuple[chaos_net.Cable, str] | None]:
-    why_not = "not wanted" if is_unwanted else chaos_net.why_not()
+def _cable(why_not: str | None, console: Console) -> Iterator[tuple[chaos_net.Cable, str] | None]:
     if why_not is not None:
         console.print(f"no partitions: {why_not}", style="dim")
         yield None

@@ -102,6 +102,8 @@ def _joins(address: str, node: subprocess.Popen[bytes]) -> bool:
 
 
 def _end(node: subprocess.Popen[bytes]) -> None:
+    if node.poll() is not None:
+        return
     os.killpg(node.pid, signal.SIGTERM)
     try:
         node.wait(20)
