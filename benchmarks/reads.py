@@ -29,7 +29,7 @@ from pathlib import Path
 
 from benchmarks.crowd import Crowd, Size
 from benchmarks.machine import describe_machine
-from fairserve.cluster.counter_actor import CounterService
+from fairserve.cluster.counter_service import CounterService
 from fairserve.config import FairServeArgs
 from fairserve.dispatch.messages import StepReport
 
@@ -76,7 +76,7 @@ class Stage:
         args = FairServeArgs.model_validate({"counter": {"store": None}})
         self.began_s = time.perf_counter()
         self.service = CounterService(args.model_dump_json(), clock=self)
-        self.service._dispatcher = self.crowd.dispatcher
+        self.service._authority.dispatcher = self.crowd.dispatcher
         self.reports = [
             (step / STEPS_PER_S + replica / num_replicas / STEPS_PER_S, self._step(replica))
             for step in range(round(seconds * STEPS_PER_S))

@@ -248,7 +248,7 @@ class AuditView(View):
     seq: int
     time_s: float
     who: str
-    action: Literal["client", "settings", "key.create", "key.revoke"]
+    action: Literal["client", "settings", "key.create", "key.revoke", "counters.import"]
     target: str
     before: dict[str, Any]
     after: dict[str, Any]

@@ -14,7 +14,7 @@ import pytest
 from fairserve import cli, client
 from fairserve.client import Connection
 from fairserve.cluster import redis_store
-from fairserve.cluster.counter_actor import CounterService
+from fairserve.cluster.counter_service import CounterService
 from fairserve.config import FairServeArgs
 from fairserve.dispatch.messages import NOTHING, StepReport, Totals
 from tests.api.admin_kit import House
@@ -31,21 +31,21 @@ def service_of(store: str | None = None) -> CounterService:
 def serve(service: CounterService, seq: int = 1, **served: int) -> None:
     totals = {client: Totals(num_input, 0, 0, float(num_input)) for client, num_input in served.items()}
     report = StepReport("r", 1, seq, 0, 0, 0, 1_000, 4, totals=totals)
-    service._dispatcher.report(report, 1.0)
+    service.dispatcher.report(report, 1.0)
 
 
 def lead(service: CounterService) -> float:
-    return service._dispatcher.queue.lead("ann", "bob")
+    return service.dispatcher.queue.lead("ann", "bob")
 
 
 def num_input(service: CounterService, client: str = "ann") -> int:
-    return service._dispatcher.ledger.totals(client).num_input
+    return service.dispatcher.ledger.totals(client).num_input
 
 
 def save(service: CounterService) -> None:
-    store = service._keeper.store
+    store = service._upkeep.keeper.store
     assert store is not None
-    asyncio.run(service._keep(store))
+    asyncio.run(service._upkeep.keep(store))
 
 
 @pytest.fixture
@@ -76,10 +76,12 @@ def test_counters_of_one_service_go_into_another_and_twice_is_as_once(
     for _ in range(2):
         assert run("import", file) == 0
         assert lead(new) == 90 and (num_input(new), num_input(new, "bob")) == (100, 15)
-        assert new._dispatcher.queue.counter("cyd") == 2, "as far above the least served as before"
-        new._dispatcher.check()
+        assert new.dispatcher.queue.counter("cyd") == 2, "as far above the least served as before"
+        new.dispatcher.check()
     assert "2 clients are in force" in capsys.readouterr().err
-    assert "imported those of 2 clients" in new._dispatcher.events.newest(1)[0].text
+    assert "imported those of 2 clients" in new.dispatcher.events.newest(1)[0].text
+    entries = asyncio.run(new.audit())
+    assert [(e["action"], e["after"]) for e in entries] == [("counters.import", {"clients": 2})] * 2
     serve(new, seq=2, bob=6)
     assert lead(new) == 89, "what the replica reported before is not charged again"
 
@@ -151,10 +153,10 @@ def test_a_file_that_is_wrong_changes_nothing(
     file.write_text(document if isinstance(document, str) else json.dumps(document))
     running.append(service_of())
     serve(running[0], ann=5)
-    before = running[0]._dispatcher
+    before = running[0].dispatcher
     assert run("import", file) == 2
     assert expected in capsys.readouterr().err
-    assert running[0]._dispatcher is before
+    assert running[0].dispatcher is before
     place = tmp_path / "c.sqlite"
     assert run("import", file, "--store", place) == 2
     assert expected in capsys.readouterr().err and not place.exists()

@@ -198,6 +198,10 @@ class Desk:
         keys = {digest: one for digest, one in self._state.keys.items() if one is not found[0]}
         return self._change(who, "key.revoke", found[0].id, view, {}, view, keys=keys)
 
+    def plan_import(self, cluster: str, num_clients: int, who: str) -> Change:
+        """Counters of another cluster are laid over ours; ``cluster``: its id. The answer is how many clients."""
+        return self._change(who, "counters.import", cluster, {}, {"clients": num_clients}, num_clients)
+
     def _change(
         self,
         who: str,

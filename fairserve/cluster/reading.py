@@ -242,6 +242,8 @@ def told(entry: Mapping[str, Any]) -> tuple[str, str, str | None]:
     if action.startswith("key."):
         verb = "created" if action == "key.create" else "revoked"
         return entry["who"], f"the API keys: {verb} {target}", (after or before).get("client")
+    if action == "counters.import":
+        return entry["who"], f"the counters: imported those of {after['clients']:,} clients", None
     fields = (f"{name} from {before.get(name)} to {value}" for name, value in after.items())
     subject = f"client {target}: " if action == "client" else ""
     return entry["who"], subject + ", ".join(fields), target if action == "client" else None

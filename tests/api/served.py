@@ -17,8 +17,9 @@ from fairserve.api.admin_service import AdminService
 from fairserve.api.app import create_app
 from fairserve.api.service import OpenAIService
 from fairserve.clock import SystemClock
-from fairserve.cluster.counter_actor import CounterService, without_keys
+from fairserve.cluster.counter_actor import without_keys
 from fairserve.cluster.counter_query import CounterQuery
+from fairserve.cluster.counter_service import CounterService
 from fairserve.cluster.metrics_sink import RecordedMetrics
 from fairserve.config import FairServeArgs
 from fairserve.observe import dashboard

@@ -12,8 +12,8 @@ from pydantic import TypeAdapter
 from fairserve.api.admin_service import AdminService
 from fairserve.api.app import create_app
 from fairserve.clock import SystemClock
-from fairserve.cluster.counter_actor import CounterService
 from fairserve.cluster.counter_query import CounterQuery
+from fairserve.cluster.counter_service import CounterService
 from fairserve.config import ApiConfig, FairServeArgs
 from tests.api.admin_kit import ADMIN_KEYS, House, error_of
 from tests.api.fake_counter import FakeCounter, FakeTransport

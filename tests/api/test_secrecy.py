@@ -127,7 +127,7 @@ async def test_a_secret_in_any_header_shows_in_no_answer_log_metric_event_or_fil
         for path, _ in READS:
             assert (await ask("GET", f"/admin/v1{path}", headers=admin)).status_code in (200, 404)
     await served.actor._tick()
-    await served.actor._keep(served.actor._keeper.store)  # type: ignore[arg-type]
+    await served.actor._upkeep.keep(served.actor._upkeep.keeper.store)  # type: ignore[arg-type]
     if served.actor._ticking is not None:
         served.actor._ticking.cancel()
 
@@ -135,7 +135,7 @@ async def test_a_secret_in_any_header_shows_in_no_answer_log_metric_event_or_fil
     metrics = [served.metrics.gauges, served.metrics.counters, served.metrics.histograms]
     assert metrics[1], "something was measured"
     actor = [await served.actor.events(0, 1000), await served.actor.audit(), await served.actor.keys()]
-    actor += [await served.actor.key_directory(-1), await served.actor.status(), served.actor._dispatcher.dump()]
+    actor += [await served.actor.key_directory(-1), await served.actor.status(), served.actor.dispatcher.dump()]
     objects = [vars(one) for one in (served.service, served.admin, served.service._identities, served.admin.admins)]
     files = [(tmp_path / name).read_bytes().decode("latin-1") for name in os.listdir(tmp_path)]
     assert any("bob" in one for one in files), "the live key is kept"

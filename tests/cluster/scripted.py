@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from fairserve.cluster.counter_actor import CounterService
+from fairserve.cluster.counter_service import CounterService
 from fairserve.cluster.replica import ReplicaCore
 from fairserve.dispatch.messages import RouterCall, StepReport
 from fairserve.dispatch.replica_book import LocalBook

@@ -265,7 +265,7 @@ def test_counts_that_begin_anew_with_new_settings_go_on_rising() -> None:
 
 
 async def test_a_counter_service_exports_by_itself_what_it_serves() -> None:
-    from fairserve.cluster.counter_actor import CounterService
+    from fairserve.cluster.counter_service import CounterService
     from fairserve.config import FairServeArgs
     from fairserve.dispatch.messages import RouterCall, StepReport, Submit, Totals
     from tests.cluster.scripted import until

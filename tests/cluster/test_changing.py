@@ -11,8 +11,8 @@ import pytest
 
 from fairserve import views
 from fairserve.clock import SystemClock
-from fairserve.cluster.counter_actor import CounterService
 from fairserve.cluster.counter_client import RouterClient
+from fairserve.cluster.counter_service import CounterService
 from fairserve.config import CounterConfig, FairServeArgs, key_digest
 from fairserve.dispatch.messages import RouterCall, StepReport, Submit
 from fairserve.dispatch.router_book import RouterBook
@@ -57,7 +57,7 @@ async def test_a_resumed_client_is_granted_at_once(service: CounterService) -> N
     paused = await service.set_client("ann", {"is_paused": True}, "root")
     assert views.ClientView.model_validate(paused).is_paused
     task = asyncio.create_task(client.acquire(Submit("r1", "ann", 10, 5)))
-    await until(lambda: len(service._dispatcher.room) > 0)
+    await until(lambda: len(service.dispatcher.room) > 0)
     await service.report(report(1))
     assert not task.done()
     view = views.ClientView.model_validate(await service.client("ann"))
@@ -104,17 +104,17 @@ async def test_settings_begin_a_new_epoch_and_stay_over_a_new_deployment(service
     (row,) = await service.set_settings({"dispatch.max_waiting": 5}, "root")
     assert views.SettingView.model_validate(row).is_live
     assert await service.ping() > epoch
-    assert service._dispatcher.limits.max_waiting == 5
+    assert service.dispatcher.limits.max_waiting == 5
     deployed = ARGS.model_copy(update={"fairness": ARGS.fairness.model_copy(update={"policy": "fcfs"})})
     await service.configure(deployed.model_dump_json())
-    assert service._dispatcher.limits.max_waiting == 5 and (await service.status())["policy"] == "fcfs"
+    assert service.dispatcher.limits.max_waiting == 5 and (await service.status())["policy"] == "fcfs"
     epoch = await service.ping()
     await service.configure(deployed.model_dump_json())  # a replica that starts again
     assert await service.ping() == epoch
     rows = {one["path"]: one for one in await service.settings()}
     assert (rows["dispatch.max_waiting"]["value"], rows["dispatch.max_waiting"]["deployed"]) == (5, 10_000)
     await service.set_settings({"dispatch.max_waiting": None}, "root")
-    assert service._dispatcher.limits.max_waiting == 10_000
+    assert service.dispatcher.limits.max_waiting == 10_000
 
 
 async def test_controls_hold_after_the_settings_changed(service: CounterService) -> None:
@@ -122,8 +122,8 @@ async def test_controls_hold_after_the_settings_changed(service: CounterService)
     await service.set_settings({"fairness.policy": "drr"}, "root")
     await service.report(report(1))
     reply = await service.route(RouterCall("router", 1, 1, 0, submits=(Submit("r1", "ann", 10, 5),)))
-    assert not reply.grants and service._dispatcher.room.num_waiting("ann") == 1
-    assert service._dispatcher.queue.table.weight("ann") == 3.0
+    assert not reply.grants and service.dispatcher.room.num_waiting("ann") == 1
+    assert service.dispatcher.queue.table.weight("ann") == 3.0
 
 
 async def test_a_change_is_not_in_force_before_it_is_kept_and_decisions_go_on_meanwhile(
@@ -134,7 +134,7 @@ async def test_a_change_is_not_in_force_before_it_is_kept_and_decisions_go_on_me
     second = asyncio.create_task(service.set_client("ann", {"weight": 5}, "root"))
     await asyncio.sleep(0)
     reply = await service.route(RouterCall("router", 1, 1, 0, submits=(Submit("r1", "ann", 10, 5),)))
-    assert not reply.refusals and service._dispatcher.queue.table.weight("ann") == 1.0
+    assert not reply.refusals and service.dispatcher.queue.table.weight("ann") == 1.0
     memory.gate.set()
     await first
     assert (await second)["weight"] == 5.0
@@ -148,7 +148,7 @@ async def test_a_change_whose_caller_has_gone_is_made_all_the_same(service: Coun
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     memory.gate.set()
-    await until(lambda: service._dispatcher.queue.table.weight("ann") == 4.0)
+    await until(lambda: service.dispatcher.queue.table.weight("ann") == 4.0)
 
 
 async def test_a_change_that_cannot_be_kept_is_not_made(service: CounterService, memory: Memory) -> None:
@@ -187,7 +187,7 @@ async def test_a_rotated_decision_log_begins_with_who_decides(tmp_path: Path) ->
     path = tmp_path / "log.jsonl"
     counter = CONFIG.model_copy(update={"decision_log_path": str(path)})
     service = CounterService(ARGS.model_copy(update={"counter": counter}).model_dump_json())
-    service._log_file._max_bytes = 1  # type: ignore[union-attr]
+    service._authority.log_file._max_bytes = 1  # type: ignore[union-attr]
     await service.ping()
     await until((tmp_path / "log.jsonl.1").exists)
     await service.set_client("ann", {"weight": 2}, "root")

@@ -12,8 +12,8 @@ import pytest
 
 from fairserve.clock import SystemClock, VirtualClock
 from fairserve.cluster import counter_client
-from fairserve.cluster.counter_actor import CounterService
 from fairserve.cluster.counter_client import CounterLink, RayTransport, RouterClient
+from fairserve.cluster.counter_service import CounterService
 from fairserve.config import CounterConfig, FairServeArgs
 from fairserve.dispatch.messages import Grant, RouterCall, StepReport, Submit, Totals
 from fairserve.dispatch.router_book import RouterBook
@@ -28,7 +28,7 @@ def replica_report(seq: int, free_slots: int = 1, **events: Any) -> StepReport:
 
 
 def num_waiting(service: CounterService) -> int:
-    return len(service._dispatcher.queue)
+    return len(service.dispatcher.queue)
 
 
 @pytest.fixture
@@ -232,10 +232,10 @@ async def test_a_grant_for_a_cancelled_wait_goes_back_and_its_charge_returns(
     task.cancel()
     await service.report(replica_report(1))  # grants it before the cancel arrives
     await asyncio.gather(task, return_exceptions=True)
-    await until(lambda: not service._dispatcher.leases)
+    await until(lambda: not service.dispatcher.leases)
     assert num_waiting(service) == 0
-    assert service._dispatcher.queue.counter("ann") == 0
-    service._dispatcher.check()
+    assert service.dispatcher.queue.counter("ann") == 0
+    service.dispatcher.check()
 
 
 async def test_a_wait_cancelled_in_the_moment_of_its_grant_gives_the_grant_back(
@@ -251,8 +251,8 @@ async def test_a_wait_cancelled_in_the_moment_of_its_grant_gives_the_grant_back(
     result = (await asyncio.gather(task, return_exceptions=True))[0]
     if is_in_time:
         assert isinstance(result, asyncio.CancelledError)
-        await until(lambda: not service._dispatcher.leases)
-        assert service._dispatcher.queue.counter("ann") == 0
+        await until(lambda: not service.dispatcher.leases)
+        assert service.dispatcher.queue.counter("ann") == 0
 
 
 async def test_a_refusal_for_a_cancelled_wait_is_dropped(service: CounterService, client: RouterClient) -> None:
@@ -276,7 +276,7 @@ async def test_a_declined_grant_returns_its_charge_and_the_request_may_wait_agai
     client.decline(grant, is_unreachable=False)
     again = await client.acquire(submit(is_retry=True, waited_s=1.0))
     assert again is not None and again.seq > grant.seq
-    assert service._dispatcher.queue.counter("ann") == 10, "charged once"
+    assert service.dispatcher.queue.counter("ann") == 10, "charged once"
 
 
 async def test_a_reconfigured_service_keeps_counters_and_asks_for_everything_again(
@@ -353,11 +353,11 @@ async def test_an_unreadable_snapshot_is_set_aside_and_service_starts(tmp_path: 
 
 async def test_a_failing_tick_does_not_end_the_ticking(service: CounterService, monkeypatch: Any, caplog: Any) -> None:
     with monkeypatch.context() as patch, caplog.at_level(logging.ERROR):
-        patch.setattr(service._dispatcher, "tick", lambda now_s: 1 / 0)
+        patch.setattr(service.dispatcher, "tick", lambda now_s: 1 / 0)
         await service.ping()
         await until(lambda: "ZeroDivisionError" in caplog.text)
     ticks: list[float] = []
-    monkeypatch.setattr(service._dispatcher, "tick", ticks.append)
+    monkeypatch.setattr(service.dispatcher, "tick", ticks.append)
     await until(lambda: bool(ticks))
 
 
@@ -365,13 +365,13 @@ async def test_two_polls_of_one_router_both_end_and_leave_nothing_behind(service
     """The router gave the first one up (a stall, a partition) and polls again."""
     call = RouterCall("router", 1, 1, 0, submits=(submit(),))
     await service.route(call)
-    polls = [asyncio.create_task(service.poll(RouterCall("router", 1, 1, service._dispatcher.epoch))) for _ in "ab"]
+    polls = [asyncio.create_task(service.poll(RouterCall("router", 1, 1, service.dispatcher.epoch))) for _ in "ab"]
     await asyncio.sleep(0)
     await service.report(replica_report(1))
     replies = await asyncio.gather(*polls)
     assert [len(reply.grants) for reply in replies] == [1, 1], "given out again until it is acknowledged"
-    await service.poll(RouterCall("router", 1, 1, service._dispatcher.epoch, grants_ack=replies[0].grants[0].seq))
-    assert service._polls == {}
+    await service.poll(RouterCall("router", 1, 1, service.dispatcher.epoch, grants_ack=replies[0].grants[0].seq))
+    assert not service._polls
 
 
 async def test_a_poll_that_was_open_while_the_settings_changed_asks_for_everything_again(
@@ -406,7 +406,7 @@ async def test_a_restarted_service_has_the_settings_of_the_newest_deployment() -
     await first.configure(changed.model_dump_json())
     again = CounterService(first_args, memory=memory)  # Ray restarts an actor with its first arguments
     assert (await again.status())["policy"] == "lcf"
-    assert again._dispatcher.limits.lookahead == 3
+    assert again.dispatcher.limits.lookahead == 3
 
 
 async def test_a_new_store_is_used_from_then_on(tmp_path: Any) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.crowd import Crowd, Size
 from fairserve.clock import VirtualClock
-from fairserve.cluster.counter_actor import CounterService
+from fairserve.cluster.counter_service import CounterService
 from fairserve.cluster.reading import ORDERS, About, Reading, told
 from fairserve.config import FairServeArgs
 from fairserve.dispatch.overview import client_view, look

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fairserve.clock import SystemClock
-from fairserve.cluster.counter_actor import CounterService
+from fairserve.cluster.counter_service import CounterService
 from fairserve.cluster.replica import ENDED, ModelReplica, ReplicaCore
 from fairserve.config import FairServeArgs
 from fairserve.dispatch.messages import Totals
@@ -225,8 +225,8 @@ async def test_an_idle_replica_reports_its_room_every_heartbeat(core: ReplicaCor
 async def test_the_counters_in_a_reply_reach_the_local_queue(
     core: ReplicaCore, engine: ScriptedLoop, wire: Wire
 ) -> None:
-    wire.service._dispatcher.queue.table.register("ann", 1.0)
-    wire.service._dispatcher.queue.table.set("ann", 5000.0)
+    wire.service.dispatcher.queue.table.register("ann", 1.0)
+    wire.service.dispatcher.queue.table.set("ann", 5000.0)
     _, reading = await began(core)
     engine.step(engine.output("r1", tokens=1))
     await reading
@@ -311,7 +311,7 @@ async def test_a_draining_replica_finishes_what_runs_and_gives_back_what_does_no
     engine.holds.add("r2")
     running, served = await began(core, "r1")
     _, waiting = await began(core, "r2")
-    wire.service._dispatcher._drain("replica", wire.service._now_s())  # a router said so
+    wire.service.dispatcher._drain("replica", wire.service._now_s())  # a router said so
     await until(lambda: wire.reports[-1].is_draining)
     assert engine.aborted == ["r2"]
     engine.step(engine.output("r1", tokens=1), engine.output("r2", "abort"))
@@ -325,7 +325,7 @@ async def test_a_draining_replica_finishes_what_runs_and_gives_back_what_does_no
 
 async def test_a_counter_actor_that_knows_nothing_of_the_drain_hears_of_it(core: ReplicaCore, wire: Wire) -> None:
     await until(lambda: bool(wire.reports))
-    wire.service._dispatcher._drain("replica", wire.service._now_s())
+    wire.service.dispatcher._drain("replica", wire.service._now_s())
     await until(lambda: wire.reports[-1].is_draining)
     wire.service = CounterService(ARGS.model_dump_json())
     num_reports = len(wire.reports)

@@ -13,7 +13,7 @@ import pytest
 
 from fairserve.clock import VirtualClock
 from fairserve.cluster import redis_store
-from fairserve.cluster.counter_actor import CounterService
+from fairserve.cluster.counter_service import CounterService
 from fairserve.config import FairServeArgs
 from fairserve.dispatch.messages import NOTHING, RouterCall, StepReport, Submit, Totals
 from fairserve.errors import ChangeNotKept
@@ -75,13 +75,13 @@ class Site:
     async def exchange(self) -> None:
         """What the actor does once a second."""
         self.clock.advance(1)
-        store = self.service._keeper.store
+        store = self.service._upkeep.keeper.store
         assert store is not None
-        await self.service._keep(store)
+        await self.service._upkeep.keep(store)
 
     @property
     def dispatcher(self) -> Any:
-        return self.service._dispatcher
+        return self.service.dispatcher
 
     def input_of(self, client: str) -> int:
         return int(self.dispatcher.ledger.totals(client).num_input)

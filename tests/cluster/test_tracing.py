@@ -18,8 +18,8 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from fairserve.api.app import create_app
 from fairserve.api.service import OpenAIService
 from fairserve.clock import SystemClock
-from fairserve.cluster.counter_actor import CounterService
 from fairserve.cluster.counter_client import RouterClient, traced_acquire
+from fairserve.cluster.counter_service import CounterService
 from fairserve.cluster.replica import ReplicaCore
 from fairserve.cluster.tracing import NO_TRACING, DispatchSpans, OtelTracing, Tracer, make_tracing
 from fairserve.config import FairServeArgs, TracingConfig

@@ -12,8 +12,8 @@ import pytest
 
 from fairserve.assembly import make_dispatcher
 from fairserve.clock import VirtualClock
-from fairserve.cluster import counter_actor
-from fairserve.cluster.counter_actor import CounterService
+from fairserve.cluster import counter_service
+from fairserve.cluster.counter_service import CounterService
 from fairserve.config import FairServeArgs
 from fairserve.dispatch.decision_log import LOG_VERSION, DecisionLog
 from fairserve.dispatch.dispatcher import Dispatcher
@@ -336,7 +336,7 @@ def test_changes_compare_the_waits_of_requests_that_were_granted_in_both(read: R
 async def test_the_live_counter_service_writes_a_log_that_can_be_read_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(counter_actor, "TICK_S", 0.0)
+    monkeypatch.setattr(counter_service, "TICK_S", 0.0)
     path = tmp_path / "logs" / "decisions.jsonl"
     clock = VirtualClock(700.0)
     settings = {"counter": {"decision_log_path": str(path)}, "dispatch": {"lookahead": 0, "max_waiting_per_client": 1}}
@@ -373,7 +373,7 @@ async def test_the_live_counter_service_writes_a_log_that_can_be_read_back(
 async def test_without_a_path_the_live_counter_service_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(counter_actor, "TICK_S", 0.0)
+    monkeypatch.setattr(counter_service, "TICK_S", 0.0)
     monkeypatch.chdir(tmp_path)
     service = CounterService(FairServeArgs().model_dump_json(), clock=VirtualClock(), epoch=1)
     await service.route(RouterCall("east", 1, 1, 0, (Submit("r", "ann", 40, 20),)))
