@@ -184,6 +184,7 @@ def _tokens_table(outcome: Any) -> Table:
         "+ made by killed replicas, not reported any more": tokens.unreported,
         "made": tokens.made,
         "= told as usage of finished requests": tokens.told,
+        f"+ made in vain by killed replicas, for {tokens.num_in_vain} of these": tokens.made_in_vain,
         "+ made for streams that broke off or were left": tokens.made_for_others,
     }
     for text, (num_input, num_output) in rows.items():

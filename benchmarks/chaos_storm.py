@@ -13,9 +13,10 @@ from typing import Any
 
 import ray
 
+from benchmarks.chaos_audit import Audit, Tokens, audit, plus, total
 from benchmarks.chaos_faults import CUT as CUT_OFF
 from benchmarks.chaos_faults import STOP, Fault, Injector, Processes
-from benchmarks.chaos_load import CUT, FAILED, FINISHED, LEFT, OUTCOMES, Client, Crowd, Record
+from benchmarks.chaos_load import OUTCOMES, Client, Crowd, Record
 from benchmarks.chaos_witness import Made, read_witnesses, witness_folder
 from fairserve.fairness.bounds import GapMonitor
 
@@ -24,9 +25,6 @@ FRESH_S = 1.0
 """A replica whose newest report is younger is in touch."""
 QUIET_S = 180.0
 MAX_DETAILS = 50
-
-Tokens = tuple[int, int]
-"""Input, output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,79 +116,6 @@ class Outcome:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
-
-
-@dataclass(slots=True)
-class Audit:
-    """Every token, three times: made (the witnesses), charged (the ledger), told (the callers)."""
-
-    made: Tokens = (0, 0)
-    charged: Tokens = (0, 0)
-    unreported: Tokens = (0, 0)
-    """Made by replicas that were killed before they reported it: charged to nobody, told perhaps."""
-    unreported_by_replica: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Tokens; the seconds of work that they are: about one report, or the time for which the actor was away, too."""
-    told: Tokens = (0, 0)
-    """Usage of the finished requests."""
-    made_for_finished: Tokens = (0, 0)
-    made_for_others: Tokens = (0, 0)
-    """For requests whose stream broke off or was left, or that nobody read to the end."""
-    streamed_to_others: int = 0
-    """Output tokens of those that their callers saw all the same."""
-    problems: list[str] = field(default_factory=list)
-
-    @property
-    def is_exact(self) -> bool:
-        return (
-            not self.problems
-            and self.made == _plus(self.charged, self.unreported)
-            and self.told == self.made_for_finished
-            and self.made == _plus(self.told, self.made_for_others)
-        )
-
-
-def audit(
-    made: dict[str, Made], books: dict[str, Tokens], charged: Tokens, alive: Iterable[str], records: Iterable[Record]
-) -> Audit:
-    """``books``: what the ledger has by replica; ``charged``: what it has by client, summed; ``alive``: replicas."""
-    result = Audit(charged=charged)
-    alive = set(alive)
-    by_request: Counter[str] = Counter()
-    inputs: Counter[str] = Counter()
-    for replica, one in made.items():
-        result.made = _plus(result.made, one.num_tokens)
-        for name, (num_input, num_output) in one.requests.items():
-            request_id = name.partition("~")[0]  # whatever the try
-            inputs[request_id] += num_input
-            by_request[request_id] += num_output
-        missing = _minus(one.num_tokens, books.get(replica, (0, 0)))
-        if missing != (0, 0):
-            seconds = one.seconds_since(books.get(replica, (0, 0))[1])
-            result.unreported_by_replica[replica] = {"tokens": missing, "seconds": round(seconds, 3)}
-            result.unreported = _plus(result.unreported, missing)
-            if replica in alive:
-                result.problems.append(f"living replica {replica}: made minus charged is {missing}")
-            elif missing[1] < 0:
-                result.problems.append(f"dead replica {replica} was charged more than it made: {missing}")
-    if unknown := books.keys() - made.keys():
-        result.problems.append(f"charged by replicas without a witness: {sorted(unknown)}")
-    sums = _sum(books.values())
-    if sums != charged:
-        result.problems.append(f"the ledger's books hold {sums}, its clients {charged}")
-    for record in records:
-        request_id = f"{record.id}-0"
-        mine = inputs[request_id], by_request[request_id]
-        if record.outcome == FINISHED and record.usage is not None:
-            result.told = _plus(result.told, record.usage)
-            result.made_for_finished = _plus(result.made_for_finished, mine)
-            if record.usage != mine:
-                result.problems.append(f"{record.client} was told {record.usage} for {request_id}, made was {mine}")
-        elif record.outcome in (FAILED, LEFT, CUT):
-            result.streamed_to_others += record.num_streamed
-            if record.num_streamed > mine[1]:
-                result.problems.append(f"{record.client} saw {record.num_streamed} tokens of {request_id}: {mine}")
-    result.made_for_others = _minus(result.made, result.made_for_finished)
-    return result
 
 
 async def storm(
@@ -296,12 +221,12 @@ def _ledger(actor: Any) -> tuple[dict[str, Tokens], Tokens]:
     data = ray.get(actor.__ray_call__.remote(_dump_ledger), timeout=30)
     books: dict[str, Tokens] = {}
     for replica, _, _, totals in data["books"]:
-        books[replica] = _plus(books.get(replica, (0, 0)), _sum((row[0], row[2]) for row in totals.values()))
-    return books, _sum((row[0], row[2]) for row in data["totals"].values())
+        books[replica] = plus(books.get(replica, (0, 0)), total((row[0], row[2]) for row in totals.values()))
+    return books, total((row[0], row[2]) for row in data["totals"].values())
 
 
 def _dump_ledger(service: Any) -> Any:
-    return service._dispatcher.ledger.dump()
+    return service.dispatcher.ledger.dump()
 
 
 def _time_faults(faults: list[Fault], samples: list[Sample], made: dict[str, Made], bound: float, end_s: float) -> None:
@@ -345,18 +270,3 @@ def _silence(times_s: Sequence[float], shut: Sequence[tuple[float, float]]) -> f
     """The longest of the pauses that no interval of ``shut`` touches."""
     pauses = [(a, b) for a, b in pairwise(times_s) if not any(begins <= b and a <= ends for begins, ends in shut)]
     return max((b - a for a, b in pauses), default=0.0)
-
-
-def _sum(amounts: Iterable[Tokens]) -> Tokens:
-    total = 0, 0
-    for amount in amounts:
-        total = _plus(total, amount)
-    return total
-
-
-def _plus(one: Tokens, other: Tokens) -> Tokens:
-    return one[0] + other[0], one[1] + other[1]
-
-
-def _minus(one: Tokens, other: Tokens) -> Tokens:
-    return one[0] - other[0], one[1] - other[1]
