@@ -41,9 +41,12 @@ from fairserve.errors import FairServeError
 from fairserve.local import free_port, local_service
 
 OVERLOAD = 10.0
-POLITE = ("polite-1", "polite-2")
+POLITE = ("polite-1", "polite-2", "polite-3")
 THINK_S = 1.0
-"""A polite client waits so long between an answer and its next question."""
+"""Alone, a polite client waits so long between an answer and its next question."""
+POLITE_SHARE = 0.5
+"""Beside the flood it asks for so much of its fair share. Who asks for more than the share waits like anybody: that is
+what fairness means, and with a think time of a second both polite clients ask for twice their share."""
 FLOODING = tuple(f"flood-{i}" for i in range(7))
 CROWD = "crowd"
 """Sends each request under a name that nobody has used before."""
@@ -136,7 +139,15 @@ def _title(process: psutil.Process) -> str:
     return scripts[0] if scripts else Path(words[0]).name
 
 
-async def polite(http: httpx.AsyncClient, target: Target, client: str, records: list[Record], began: float) -> None:
+def polite_think_s(capacity_rps: float) -> float:
+    """Between the questions of a client that asks for ``POLITE_SHARE`` of an equal share of what the crowd leaves."""
+    fair_rps = (1 - CROWD_RATE) * capacity_rps / (len(POLITE) + len(FLOODING))
+    return 1 / (POLITE_SHARE * fair_rps)
+
+
+async def polite(
+    http: httpx.AsyncClient, target: Target, client: str, records: list[Record], began: float, think_s: float
+) -> None:
     """One request at a time, for ever."""
 
     def now_s() -> float:
@@ -146,7 +157,7 @@ async def polite(http: httpx.AsyncClient, target: Target, client: str, records: 
         record = Record(client, submit_s=now_s())
         records.append(record)
         await send(http, target, planned, record, now_s, lambda *_: None)
-        await asyncio.sleep(THINK_S)
+        await asyncio.sleep(think_s)
 
 
 def flood_plan(rate_rps: float, duration_s: float, seed: int) -> list[Planned]:
@@ -187,13 +198,13 @@ class Overload:
             httpx.AsyncClient(limits=limits, timeout=timeout) as http,
             httpx.AsyncClient(limits=limits, timeout=timeout, event_hooks=hooks) as flood_http,
         ):
-            await self._for(options.solo, [polite(http, self._target, client, solo, self._began) for client in POLITE])
+            await self._for(options.solo, self._polite(http, solo, THINK_S))
             beside: list[Record] = []
             plan = flood_plan(OVERLOAD * capacity_rps, options.seconds, options.seed)
             self._say(f"{len(plan)} requests of a flood in {options.seconds:.0f} s")
             flooding: list[Record] = []
             since_s = time.monotonic() - self._began
-            work = [polite(http, self._target, client, beside, self._began) for client in POLITE]
+            work = self._polite(http, beside, polite_think_s(capacity_rps))
             await self._for(options.seconds, [*work, self._flood(flood_http, plan, flooding), self._watch()])
             until_s = time.monotonic() - self._began
         after_flood = await self._at_rest()
@@ -233,6 +244,9 @@ class Overload:
             "after_the_aborts": _left(end),
             "samples": memory.samples,
         }
+
+    def _polite(self, http: httpx.AsyncClient, records: list[Record], think_s: float) -> list[Any]:
+        return [polite(http, self._target, client, records, self._began, think_s) for client in POLITE]
 
     async def _capacity_rps(self) -> float:
         """Requests per second when it is full."""

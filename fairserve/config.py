@@ -173,9 +173,9 @@ class CounterConfig(Strict):
     """Name of the counter actor in its Ray namespace; two services on one cluster need two names."""
     namespace: str = "fairserve"
     """Ray namespace of the counter actor."""
-    call_timeout_s: Annotated[float, Field(gt=0, le=10)] = 1.0
+    call_timeout_s: Annotated[float, Field(gt=0, le=10)] = 0.8
     """Seconds any call to the counter actor may take; then it counts as unreachable."""
-    poll_s: Annotated[float, Field(gt=0, le=10)] = 0.5
+    poll_s: Annotated[float, Field(gt=0, le=10)] = 0.4
     """Seconds a long poll for grants stays open when there is nothing to grant; below call_timeout_s."""
     heartbeat_s: Annotated[float, Field(gt=0, le=10)] = 0.5
     """Seconds between reports of an idle replica."""

@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from benchmarks.load import Record
-from benchmarks.overload import CROWD, FLOODING, Memory, Names, Tally, _ttft, flood_plan
+from benchmarks.overload import CROWD, FLOODING, Memory, Names, Tally, _ttft, flood_plan, polite_think_s
 
 
 def test_the_plan_asks_for_the_rate_and_the_crowd_never_uses_a_name_twice() -> None:
@@ -17,6 +17,12 @@ def test_the_plan_asks_for_the_rate_and_the_crowd_never_uses_a_name_twice() -> N
     assert len(crowd) == len(set(crowd)) > 50
     assert plan == sorted(plan, key=lambda one: one.at_s)
     assert Names()[crowd[0]] == crowd[0]
+
+
+def test_polite_clients_ask_for_half_of_their_share() -> None:
+    capacity_rps = 8.0
+    fair_rps = 0.75 * capacity_rps / (3 + len(FLOODING))
+    assert 1 / polite_think_s(capacity_rps) == pytest.approx(fair_rps / 2)
 
 
 async def test_refusals_without_a_usable_retry_after_are_counted() -> None:
