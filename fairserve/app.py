@@ -27,6 +27,7 @@ from fairserve.cluster.backend import HandleBackend
 from fairserve.cluster.counter_actor import without_keys
 from fairserve.cluster.replica import ModelReplica
 from fairserve.cluster.router import FairRouter
+from fairserve.cluster.shards import bundles
 from fairserve.config import AdminKey, ApiKey, FairServeArgs
 from fairserve.settings import read_settings
 
@@ -96,6 +97,7 @@ def build_model(args: FairServeArgs) -> serve.Application:
             },
         ),
         **how_many(args),
+        **bundles(args),
     ).bind(without_keys(args).model_dump_json())
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -239,6 +239,9 @@ class EngineConfig(Strict):
     cpu_linear: Literal["auto", "eager", "packed"] = "auto"
     """CPU only. packed: oneDNN-packed weights, with q, k, v and gate, up fused where the model has them.
     auto: packed where it works, else eager."""
+    tensor_parallel_size: PositiveInt = 1
+    """Processes over which one replica spreads its model, each with `num_cpus_per_replica` and `num_gpus_per_replica`,
+    all on one node. It must divide the model's attention heads and KV heads."""
     max_model_len: PositiveInt | None = None
     """Tokens of prompt and output together that one request may hold. null: the model's own context length."""
     max_num_seqs: PositiveInt = 16
@@ -466,6 +469,16 @@ class FairServeArgs(Strict):
     api: ApiConfig = ApiConfig()
     metrics: MetricsConfig = MetricsConfig()
     tracing: TracingConfig = TracingConfig()
+
+    @model_validator(mode="after")
+    def _ranks_have_room(self) -> Self:
+        size = self.engine.tensor_parallel_size
+        if size > 1 and not (self.num_cpus_per_replica or self.num_gpus_per_replica):
+            raise ValueError(
+                f"engine.tensor_parallel_size is {size}: each of its processes needs num_cpus_per_replica or "
+                "num_gpus_per_replica, or Ray does not know where to put it"
+            )
+        return self
 
     @property
     def drain_s(self) -> float:

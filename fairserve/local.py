@@ -125,7 +125,8 @@ def _logs(quiet: bool) -> LoggingConfig:
 
 def _num_cpus(args: FairServeArgs) -> int:
     """Logical CPUs for Ray: what the deployments reserve and one to spare, however few the machine has."""
-    reserved = args.num_replicas * args.num_cpus_per_replica + args.num_ingress_replicas
+    num_ranks = args.num_replicas * args.engine.tensor_parallel_size
+    reserved = num_ranks * args.num_cpus_per_replica + args.num_ingress_replicas
     return max(os.cpu_count() or 1, math.ceil(reserved) + 1)
 
 

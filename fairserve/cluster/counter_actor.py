@@ -70,6 +70,7 @@ def start_counter_actor(args: FairServeArgs) -> Any:
             max_concurrency=MAX_CONCURRENCY,
             num_cpus=0,
             resources=place_of(config, offered),
+            scheduling_strategy="DEFAULT",  # not in the placement group of the replica that happens to start it
         )
         .remote(
             without_keys(args).model_dump_json(),

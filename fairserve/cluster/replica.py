@@ -310,6 +310,12 @@ class ModelReplica:
         actor = await asyncio.to_thread(_begin, args)
         clock = SystemClock()
         book: LocalBook[GenerateRequest] = make_local_book(args.fairness)
+        if args.engine.tensor_parallel_size > 1:
+            from fairserve.cluster.shards import start_shards
+            from fairserve.engine.shards import Rank, join
+
+            address, self._shards = await asyncio.to_thread(start_shards, args)
+            await asyncio.to_thread(join, Rank(0, args.engine.tensor_parallel_size, address))
         engine = await asyncio.to_thread(
             build_engine,
             args.model,

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fairserve.clock import Clock
 from fairserve.config import EngineConfig
+from fairserve.engine import shards
 from fairserve.engine.attention import Attachment, attach
 from fairserve.engine.batching import Batcher, Chunk, Sequence, StepPlan
 from fairserve.engine.detokenize import TextOutput
@@ -182,6 +183,10 @@ class Engine:
         """Compute nothing any more: fail every request, and from now on every new one."""
         self.broken = f"its engine broke: {why}"
         self.fail_all(self.broken)
+
+    def stop(self) -> None:
+        """Compute nothing any more; the other ranks of a tensor parallel replica end."""
+        self._runner.stop()
 
     def check(self) -> None:
         """Assert what must be true between two steps."""
@@ -394,24 +399,7 @@ def make_engine(
     clock: Clock,
 ) -> Engine:
     """An engine round a model that is loaded already. One engine per model object: it takes over its attention."""
-    max_model_len = min(config.max_model_len or loaded.max_context, loaded.max_context)
-    attention_class = choose_attention(loaded, config)
-    multiple = attention_class.block_size_multiple
-    block_size = -(-config.block_size // multiple) * multiple
-    num_blocks = kv_tokens(loaded, config, max_model_len) // block_size
-    if num_blocks < 1:
-        raise ConfigError(f"the KV cache holds less than one block of {block_size} tokens: raise kv_cache_tokens")
-    max_model_len = min(max_model_len, num_blocks * block_size)
-    kv = KVBlocks(num_blocks, block_size, num_lanes=config.max_num_seqs)
-    try:
-        # One block more than requests get: the runner's own, to see whether the model is sound.
-        cache = attention_class(kv.capacity_tokens + block_size, block_size, loaded.dtype, loaded.device)
-        for layer, shape in loaded.layers.items():
-            cache.allocate(layer, shape.kv_heads, shape.key_dim, shape.value_dim)
-    except (RuntimeError, OSError) as error:
-        size = loaded.kv_bytes_per_token * kv.capacity_tokens / 1e9
-        raise ConfigError(f"no memory for a KV cache of {kv.capacity_tokens} tokens ({size:.1f} GB)") from error
-    attach(loaded.model, Attachment(cache))
+    runner, kv, max_model_len = make_runner(loaded, config)
     batcher = Batcher(
         kv,
         queue,
@@ -423,14 +411,55 @@ def make_engine(
     )
     return Engine(
         batcher,
-        Runner(loaded.model, cache, block_size, loaded.device, Sampler(), spare_block=num_blocks),
+        runner,
         kv,
         queue,
         account,
-        Limits(max_model_len, kv.capacity_tokens, config.max_num_seqs, block_size, loaded.vocab_size),
+        Limits(max_model_len, kv.capacity_tokens, config.max_num_seqs, kv.block_size, loaded.vocab_size),
         tokenizer=loaded.tokenizer,
         eos_token_ids=loaded.eos_token_ids,
         reserve_output_tokens=reserve_output_tokens,
         seed=config.seed,
         clock=clock,
     )
+
+
+def make_runner(loaded: LoadedModel, config: EngineConfig) -> tuple[Runner, KVBlocks, int]:
+    """The KV cache of a model, and what runs it; the same on every rank. The last is the most tokens of a request."""
+    max_model_len = min(config.max_model_len or loaded.max_context, loaded.max_context)
+    attention_class = choose_attention(loaded, config)
+    multiple = attention_class.block_size_multiple
+    block_size = -(-config.block_size // multiple) * multiple
+    num_tokens = kv_tokens(loaded, config, max_model_len)
+    if config.tensor_parallel_size > 1:
+        num_tokens = shards.least(num_tokens)
+    num_blocks = num_tokens // block_size
+    if num_blocks < 1:
+        raise ConfigError(f"the KV cache holds less than one block of {block_size} tokens: raise kv_cache_tokens")
+    kv = KVBlocks(num_blocks, block_size, num_lanes=config.max_num_seqs)
+    try:
+        # One block more than requests get: the runner's own, to see whether the model is sound.
+        cache = attention_class(kv.capacity_tokens + block_size, block_size, loaded.dtype, loaded.device)
+        for layer, shape in loaded.layers.items():
+            cache.allocate(layer, shape.kv_heads, shape.key_dim, shape.value_dim)
+    except (RuntimeError, OSError) as error:
+        size = loaded.kv_bytes_per_token * kv.capacity_tokens / 1e9
+        raise ConfigError(f"no memory for a KV cache of {kv.capacity_tokens} tokens ({size:.1f} GB)") from error
+    attach(loaded.model, Attachment(cache))
+    runner_class = shards.ShardedRunner if shards.is_lead() else Runner
+    runner = runner_class(loaded.model, cache, block_size, loaded.device, Sampler(), spare_block=num_blocks)
+    return runner, kv, min(max_model_len, kv.capacity_tokens)
+
+
+def follow(model: str, config: EngineConfig, rank: shards.Rank, num_threads: int | None) -> None:
+    """One of the other ranks of a replica (``shards.py``), until rank 0 stops it.
+
+    Raises:
+        ModelError, ConfigError: as :func:`build_engine`.
+        RuntimeError: rank 0 is gone, or this rank failed.
+    """
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    shards.join(rank)
+    runner, _, _ = make_runner(load_model(model, config), config)
+    shards.follow(runner)

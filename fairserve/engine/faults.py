@@ -53,6 +53,10 @@ class StepRunner(Protocol):
         """Give back what is cached and not used."""
         ...
 
+    def stop(self) -> None:
+        """Nothing will be run any more."""
+        ...
+
 
 @dataclass(slots=True)
 class StepResult:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
 from fairserve.config import EMBEDDED_MODEL, EngineConfig
@@ -56,11 +56,19 @@ def load_model(model: str, config: EngineConfig) -> LoadedModel:
         with _no_progress_bar():
             # Weights that are no safetensors are pickles: nothing that they hold may run.
             loaded = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, trust_remote_code=config.trust_remote_code, weights_only=True
+                folder,
+                dtype=dtype,
+                trust_remote_code=config.trust_remote_code,
+                weights_only=True,
+                **_parts(model, config),
             )
+    except ModelError:
+        raise
     except Exception as error:
         raise _explain(model, folder, error) from error
-    return prepare_model(loaded.to(device), config, tokenizer=load_tokenizer(model, config), name=model)
+    if config.tensor_parallel_size == 1:  # else each part is where it belongs
+        loaded = loaded.to(device)
+    return prepare_model(loaded, config, tokenizer=load_tokenizer(model, config), name=model)
 
 
 def load_tokenizer(model: str, config: EngineConfig | None = None) -> PreTrainedTokenizerBase:
@@ -91,7 +99,7 @@ def prepare_model(
     weight = model.get_input_embeddings().weight
     device, dtype = weight.device, weight.dtype
     layers = model_check.check_model(model, name, device, dtype)
-    if device.type == "cpu" and config.cpu_linear != "eager":
+    if device.type == "cpu" and config.cpu_linear != "eager" and config.tensor_parallel_size == 1:
         _pack(model, config, name, device, dtype)
     return LoadedModel(
         model=model,
@@ -103,6 +111,17 @@ def prepare_model(
         dtype=dtype,
         layers=layers,
     )
+
+
+def _parts(model: str, config: EngineConfig) -> dict[str, Any]:
+    """How the model is dealt out to the ranks of a replica (``shards.py``), for ``from_pretrained``."""
+    if config.tensor_parallel_size == 1:
+        return {}
+    from transformers.distributed import DistributedConfig
+
+    text = AutoConfig.from_pretrained(_locate(model), trust_remote_code=config.trust_remote_code).get_text_config()
+    require_divisible(text, config.tensor_parallel_size, model)
+    return {"distributed_config": DistributedConfig(tp_size=config.tensor_parallel_size)}
 
 
 def _pack(model: Any, config: EngineConfig, name: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -167,6 +186,22 @@ def _device(config: EngineConfig, model: str) -> torch.device:
     if config.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def require_divisible(config: Any, size: int, name: str) -> None:
+    """
+    Raises:
+        ModelError: the model's heads cannot be dealt out to so many ranks.
+    """
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    possible = [n for n in range(1, kv_heads + 1) if heads % n == 0 and kv_heads % n == 0]
+    if size not in possible:
+        raise ModelError(
+            name,
+            f"engine.tensor_parallel_size {size} does not divide its {heads} heads and {kv_heads} KV heads; possible: "
+            f"{', '.join(map(str, possible))}",
+        )
 
 
 def _eos(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> Iterable[int]:

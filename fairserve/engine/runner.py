@@ -109,6 +109,9 @@ class Runner:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def stop(self) -> None:
+        """Nothing will be run any more."""
+
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
 

@@ -86,5 +86,6 @@ def _available_memory() -> int:
 
 
 def num_threads(args: FairServeArgs) -> int:
-    """Torch threads of one replica on a CPU: the configured number, else its share of this machine's cores."""
-    return args.engine.num_threads or max(1, len(os.sched_getaffinity(0)) // args.num_replicas)
+    """Torch threads of one process on a CPU: the configured number, else its share of this machine's cores."""
+    num_processes = args.num_replicas * args.engine.tensor_parallel_size
+    return args.engine.num_threads or max(1, len(os.sched_getaffinity(0)) // num_processes)

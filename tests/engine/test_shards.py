@@ -1,0 +1,62 @@
+"""One model over two processes computes what it computes in one, and a rank that dies breaks the replica."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fairserve.engine.loading import require_divisible
+from fairserve.errors import ModelError
+from fairserve.local import free_port
+from tests.engine.one_rank import MAX_TOKENS, PROMPTS, SIZE
+from tests.tiny_model import save_tiny_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+def ranks(folder: Path) -> list[subprocess.Popen[str]]:
+    address = f"127.0.0.1:{free_port()}"
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.engine.one_rank", str(number), address, str(folder)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(SIZE)
+    ]
+
+
+def test_two_ranks_make_the_tokens_that_one_makes(folder: Path) -> None:
+    lead, other = processes = ranks(folder)
+    try:
+        out, said = lead.communicate(timeout=300)
+        assert lead.returncode == 0, said
+        assert other.wait(timeout=60) == 0, other.communicate()[1]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    made = json.loads(out.splitlines()[-1])
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for name, prompt in PROMPTS.items():
+        wanted = model.generate(
+            torch.tensor([prompt]), max_new_tokens=MAX_TOKENS, min_new_tokens=MAX_TOKENS, do_sample=False
+        )[0, len(prompt) :]
+        assert made[name] == wanted.tolist(), name
+
+
+def test_heads_that_cannot_be_dealt_out_are_told_with_what_can(folder: Path) -> None:
+    config = AutoConfig.from_pretrained(folder)
+    require_divisible(config, 2, "tiny")
+    with pytest.raises(ModelError, match="does not divide its 4 heads and 2 KV heads; possible: 1, 2"):
+        require_divisible(config, 4, "tiny")
