@@ -134,7 +134,7 @@ class Crowd:
             dispatcher.capacity.report(self._compose(i, free_slots=SLOTS), self.now_s)
         with self.grants.of(lambda: dispatcher.num_granted):
             dispatcher.dispatch(self.now_s)
-        for session in dispatcher._sessions.values():  # what the routers would read in their polls
+        for session in dispatcher.sessions:  # what the routers would read in their polls
             for grant in session.grants:
                 self._running[int(grant.replica)].append(self._requests.pop(grant.request_id))
                 self._acks[session.router] = max(self._acks[session.router], grant.seq)

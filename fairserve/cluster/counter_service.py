@@ -125,9 +125,9 @@ class CounterService:
 
     async def report(self, report: StepReport) -> ReportReply:
         """A replica's totals and events; see :meth:`Dispatcher.report`."""
-        reply = self.dispatcher.report(report, self._now_s())
+        reply = self.dispatcher.report(report, self._now_s(), self._upkeep.saved_of(report))
         self._wake_routers()
-        return replace(reply, saved=self._upkeep.num_saved(report, reply.ack))
+        return reply
 
     # -- for people ---------------------------------------------------------------------------------------------------
 

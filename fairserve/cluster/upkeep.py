@@ -94,11 +94,11 @@ class Upkeep:
             logger.error("history begins anew: %s", error)
         return restored, why
 
-    def num_saved(self, report: StepReport, ack: int) -> int:
-        """The newest report of this replica whose totals the next life is sure to know; all, where nothing is kept."""
+    def saved_of(self, report: StepReport) -> int | None:
+        """The newest report of this replica's life that is in the store; None where nothing is kept."""
         if self.keeper.store is None:
-            return ack
-        return min(ack, self._saved_acks.get((report.replica, report.incarnation), 0))
+            return None
+        return self._saved_acks.get((report.replica, report.incarnation), 0)
 
     async def cut(self) -> tuple[Head, Cut]:
         """Everything, as of one moment."""

@@ -1,7 +1,8 @@
-"""One router as the actor sees it: what it has been told, what it has acknowledged."""
+"""The routers as the actor sees them: what each has been told, what it has acknowledged, and who must be woken."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from fairserve.dispatch.messages import Grant, Refusal, RouterCall
@@ -62,3 +63,41 @@ class RouterSession:
     def withdraw(self, request_id: str) -> None:
         """Take back a grant that was not acknowledged."""
         self.outbox.pop(request_id, None)
+
+
+class Sessions:
+    """By router."""
+
+    def __init__(self) -> None:
+        self._sessions: dict[str, RouterSession] = {}
+        self._to_wake: set[str] = set()
+
+    def __iter__(self) -> Iterator[RouterSession]:
+        return iter(self._sessions.values())
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def get(self, router: str) -> RouterSession | None:
+        return self._sessions.get(router)
+
+    def add(self, session: RouterSession) -> None:
+        self._sessions[session.router] = session
+
+    def remove(self, router: str) -> None:
+        del self._sessions[router]
+
+    def tell(self, router: str, news: Grant | Refusal, now_s: float) -> None:
+        """The router, which is known, gets this with its next call, and should make it now."""
+        self._sessions[router].put(news, now_s)
+        self._to_wake.add(router)
+
+    def take_to_wake(self) -> set[str]:
+        """Routers that have something to be told since the last call."""
+        routers, self._to_wake = self._to_wake, set()
+        return routers
+
+    def holds_grant(self, router: str, request_id: str) -> bool:
+        """It was told nobody yet, as far as is known: the router has not acknowledged it."""
+        session = self._sessions.get(router)
+        return session is not None and request_id in session.outbox

@@ -6,7 +6,8 @@ one group. The derivation is at the top of ``fairness/bounds.py``.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from fairserve.dispatch.leases import Lease, scaled
@@ -59,26 +60,28 @@ class Watch:
         for node, rate in zip(path_of(client), rates, strict=True):
             self.service[node] = self.service.get(node, 0.0) + service * rate
 
-    def levels(self, clients: Iterable[str]) -> dict[str, float]:
-        """The level of every group that these clients belong to."""
-        groups = {group_of(node) for client in clients for node in path_of(client)}
-        return {group: self._queue.level(group) for group in groups}
+    @contextmanager
+    def returning(self, clients: Iterable[str]) -> Iterator[None]:
+        """Charges of these clients may return meanwhile, and lower the level of a group."""
+        level = self._queue.level
+        before = {group: level(group) for group in {group_of(node) for client in clients for node in path_of(client)}}
+        yield
+        for group, was in before.items():
+            self._bounds(group).saw_return(was, level(group))
 
-    def returned(self, before: Mapping[str, float]) -> None:
-        """Charges may have returned since the levels were ``before``."""
-        for group, level in before.items():
-            self._bounds(group).saw_return(level, self._queue.level(group))
-
-    def merged(self, replica: str, before: Mapping[str, float]) -> None:
-        """One report was merged; ``before``: the counters, until then, of every node that it may have changed."""
-        most: dict[str, float] = {}
+    @contextmanager
+    def merging(self, source: str, clients: Iterable[str]) -> Iterator[None]:
+        """What ``source``, a replica or another cluster, served these clients is merged meanwhile."""
         counter = self._queue.table.counter
+        before = {node: counter(node) for client in clients for node in path_of(client)}
+        yield
+        most: dict[str, float] = {}
         for node, was in before.items():
             group, amount = group_of(node), counter(node) - was
             if amount > most.get(group, 0.0):
                 most[group] = amount
         for group, amount in most.items():
-            self._bounds(group).saw_merge(replica, amount)
+            self._bounds(group).saw_merge(source, amount)
 
     def lost_replica(self, replica: str) -> None:
         for bounds in self.bounds.values():

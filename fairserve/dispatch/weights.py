@@ -72,13 +72,12 @@ class Weights:
         if factor == 1.0:
             return
         self._queue.register(client, weight)
-        levels = watch.levels((client,))
-        held = owed = 0.0
-        for lease in self._leases.of(client):
-            *groups, rate = lease.rates
-            lease.rates = (*groups, rate * factor)
-            held += lease.held * rate * (factor - 1.0)
-            owed += lease.owed * rate * (factor - 1.0)
-        self._queue.charge(client, held, (0.0,) * (len(path_of(client)) - 1) + (1.0,))
-        watch.reweighed(client, held, owed)
-        watch.returned(levels)
+        with watch.returning((client,)):
+            held = owed = 0.0
+            for lease in self._leases.of(client):
+                *groups, rate = lease.rates
+                lease.rates = (*groups, rate * factor)
+                held += lease.held * rate * (factor - 1.0)
+                owed += lease.owed * rate * (factor - 1.0)
+            self._queue.charge(client, held, (0.0,) * (len(path_of(client)) - 1) + (1.0,))
+            watch.reweighed(client, held, owed)

@@ -209,7 +209,7 @@ async def test_history_takes_in_the_busiest_and_writes_a_last_point_when_they_re
     name = busiest["name"]
     dispatcher = room.crowd.dispatcher
     for session in dispatcher.sessions:
-        dispatcher._end_session(session, room.crowd.now_s)
+        dispatcher._losses.end_session(session, room.crowd.now_s)
     await room.live(20)
     points = book._clients[name].points[1]
     assert points.waiting[-1] == 0 and points.service[-1] == busiest["service"]

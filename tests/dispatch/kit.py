@@ -9,6 +9,7 @@ from typing import Any
 from fairserve.clock import VirtualClock
 from fairserve.dispatch.dispatcher import Dispatcher, DispatchLimits
 from fairserve.dispatch.messages import NOTHING, ReportReply, RouterCall, RouterReply, StepReport, Submit, Totals
+from fairserve.dispatch.sessions import RouterSession
 from fairserve.dispatch.status import status
 from fairserve.fairness.catalog import make_policy
 from fairserve.fairness.cost import CostFunction, WeightedTokens
@@ -150,6 +151,10 @@ class Desk:
         voice = ReplicaVoice(self, name, incarnation, kv, slots)
         voice.reply = voice.report()
         return voice
+
+    def session(self, router: str = "east") -> RouterSession:
+        (session,) = [session for session in self.dispatcher.sessions if session.router == router]
+        return session
 
     def counter(self, client: str) -> float:
         return self.dispatcher.queue.counter(client)

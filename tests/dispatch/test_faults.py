@@ -93,7 +93,7 @@ def test_a_cancel_after_the_grant_was_acknowledged_returns_the_charge(desk: Desk
     router, replica = desk.router(), desk.replica(slots=1)
     router.call(submit("a"))
     router.poll()
-    assert desk.dispatcher._sessions["east"].outbox == {}
+    assert desk.session().outbox == {}
     router.call(cancels=("a",))
     assert state(desk) == (0, 0, 0)
     replica.report(received=("a",), finished=("a",))  # it was on its way and was aborted there

@@ -85,12 +85,12 @@ def test_when_all_are_ahead_the_least_ahead_goes_and_what_it_is_forgiven_is_told
     for i, client in enumerate(("far", "near", "middle")):
         desk.dispatcher.weights.carry(client, 1.0)
         desk.dispatcher.queue.set_counter(client, desk.dispatcher.queue.newcomer("") + (900.0, 100.0, 500.0)[i])
-        desk.dispatcher._idlers.look_at(client)
+        desk.dispatcher.state.idlers.look_at(client)
     desk.wait(0.1)
     assert {"far", "near", "middle"} <= service.known
     desk.dispatcher.weights.carry("fifth", 1.0)
     desk.dispatcher.queue.set_counter("fifth", desk.dispatcher.queue.newcomer("") + 700.0)
-    desk.dispatcher._idlers.look_at("fifth")
+    desk.dispatcher.state.idlers.look_at("fifth")
     desk.wait(0.1)
     assert service.known & {"far", "near", "middle", "fifth"} == {"far", "middle", "fifth"}
     assert desk.status()["most_forgiven"] == 100
@@ -110,7 +110,7 @@ def test_who_waits_runs_or_is_set_live_is_never_forgotten(make: Callable[..., Se
     assert {"heavy", "paused", "runs", "waits"} <= service.known
     assert len(service.known) <= 6
     desk.dispatcher.control("heavy", NO_CONTROL, desk.now_s)
-    assert not desk.dispatcher._idlers.overlooked()
+    assert not desk.dispatcher.state.idlers.overlooked()
 
 
 def test_a_crowd_that_waits_pushes_out_nobody(make: Callable[..., Service]) -> None:

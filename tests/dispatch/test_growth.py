@@ -82,7 +82,7 @@ def test_a_day_of_short_requests_leaves_nothing_per_request_behind(desk: Desk, n
         replica.report(finished=ids[6:])
         desk.wait(0.1)
         d = desk.dispatcher
-        session, leases, watch = d._sessions["east"], d.leases, d.watch
+        session, leases, watch = desk.session(), d.leases, d.watch
         sizes.append(
             (
                 *(len(x) for x in (leases, leases._unconfirmed, leases._of, watch.unserved, watch.owed, watch.service)),
@@ -103,4 +103,4 @@ def test_replicas_that_come_and_go_leave_nothing_but_their_accounts(desk: Desk) 
         replica.report(received=(f"a{i}",), started=(f"a{i}",), served={"ann": (10, 1)})
         desk.wait(21.0)
     d = desk.dispatcher
-    assert (len(d.capacity), len(d.leases._on), len(d.bounds._unmerged), len(d._sessions)) == (0, 0, 0, 0)
+    assert (len(d.capacity), len(d.leases._on), len(d.bounds._unmerged), d.num_routers) == (0, 0, 0, 0)

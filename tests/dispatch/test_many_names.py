@@ -97,7 +97,7 @@ def test_names_leave_no_large_table_at_authority_router_and_replica() -> None:
     crowd(cluster, 6_000, lambda i: f"name-{i}", cancel_every=10)
     cluster.check()
     assert large(cluster) == {}
-    assert not cluster.dispatcher._idlers.overlooked()
+    assert not cluster.dispatcher.state.idlers.overlooked()
     replica = cluster.replicas["replica-0"]
     assert len(replica.reporter._totals) <= KEPT_ACCOUNTS + 2 * BATCH
     assert len(replica.book._queue.table) <= KEPT_ACCOUNTS + 2 * BATCH
@@ -117,7 +117,7 @@ def test_organisations_and_teams_go_with_their_last_client() -> None:
     cluster.check()
     assert large(cluster) == {}
     assert len(cluster.dispatcher.queue.groups) <= 1 + 2 * MAX_CLIENTS
-    assert not cluster.dispatcher._idlers.overlooked()
+    assert not cluster.dispatcher.state.idlers.overlooked()
 
 
 def test_memory_does_not_grow_with_names_that_came_and_went() -> None:

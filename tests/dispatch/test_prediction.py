@@ -249,7 +249,7 @@ def test_the_predictor_learns_what_was_made_of_requests_that_ran_and_of_no_other
     router.call(submit("a", application="chat"), submit("never", max_output=9))
     progress(voice, {"a": 3}, received=("a", "never"), started=("a",), served={"ann|chat": (10, 3)})
     progress(voice, {"a": 7}, finished=("a", "never"), served={"ann|chat": (0, 4)})
-    predictor = desk.dispatcher._predictor
+    predictor = desk.dispatcher.state.predictor
     assert isinstance(predictor, Says) and predictor.learned == [("ann", "chat", 7)]
 
 

@@ -144,7 +144,7 @@ class Scene:
 
     def remember(self, replica: str, prefix: tuple[int, ...]) -> None:
         """A prompt with this beginning went to that replica, some time ago."""
-        self.desk.dispatcher._placement._prefixes.granted(replica, prefix, 10_000)
+        self.desk.dispatcher.state.placement._prefixes.granted(replica, prefix, 10_000)
 
     def order(self, *submits: object, finish: int = 20) -> list[str]:
         """The order in which one replica with one slot is granted these."""

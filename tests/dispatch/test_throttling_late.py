@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from fairserve.dispatch import dispatcher
+from fairserve.dispatch import granting
 from fairserve.dispatch.decision_log import DecisionLog
 from fairserve.dispatch.messages import RouterCall
 from fairserve.errors import InteractionThrottled
@@ -194,7 +194,7 @@ def test_what_waited_for_longer_than_the_window_counts_no_more(scene: Scene) -> 
 
 
 def test_one_call_refuses_only_so_many_and_the_next_goes_on(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatcher, "MOST_REFUSED", 4)
+    monkeypatch.setattr(granting, "MOST_REFUSED", 4)
     greedy(scene, LIMIT + 10)
     its_turn(scene)
     for num in (4, 8, 10, 10):
@@ -240,7 +240,7 @@ def test_a_late_refusal_is_told_until_it_is_acknowledged(scene: Scene) -> None:
     acknowledged = scene.router.ack
     first = refuse_one(scene)
     assert look(scene, acknowledged) == look(scene, acknowledged) == [first]
-    newest = scene.desk.dispatcher.num_sent
+    newest = scene.desk.dispatcher.state.counts.num_sent
     assert look(scene, newest) == look(scene, newest) == []
 
 
@@ -253,10 +253,10 @@ def test_the_reply_to_a_call_carries_it_as_well(scene: Scene) -> None:
 def test_grants_and_late_refusals_take_their_numbers_from_one_row(scene: Scene) -> None:
     acknowledged = scene.router.ack
     refuse_one(scene)
-    (refusal,) = scene.desk.dispatcher._sessions[scene.router.name].late_refusals
+    (refusal,) = scene.desk.session(scene.router.name).late_refusals
     assert refusal.seq == acknowledged + 1
     scene.finish(*scene.desk.dispatcher.leases)
-    (grant,) = scene.desk.dispatcher._sessions[scene.router.name].grants
+    (grant,) = scene.desk.session(scene.router.name).grants
     assert grant.seq == refusal.seq + 1
 
 
@@ -275,7 +275,7 @@ def test_a_caller_that_went_away_meanwhile_changes_nothing(scene: Scene) -> None
 
 def test_the_decision_log_tells_of_it_under_the_same_event(scene: Scene) -> None:
     lines: list[str] = []
-    scene.desk.dispatcher._log = DecisionLog(lines.append)
+    scene.desk.dispatcher.state.log = DecisionLog(lines.append)
     first = refuse_one(scene)
     events = [json.loads(line) for line in lines]
     assert [event["event"] for event in events if event["request"] == first] == ["submit", "refuse"]

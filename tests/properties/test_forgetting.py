@@ -51,7 +51,7 @@ def many_names(
             cluster.crash_authority(snapshot=True)
         cluster.step()
         cluster.check()
-        assert not cluster.dispatcher._idlers.overlooked()
+        assert not cluster.dispatcher.state.idlers.overlooked()
     cluster.run_until_quiet()
     for _ in range(3):
         cluster.save()

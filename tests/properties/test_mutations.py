@@ -16,12 +16,13 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from fairserve.dispatch.capacity import ReplicaRoom
 from fairserve.dispatch.cut import Changes
-from fairserve.dispatch.dispatcher import Dispatcher
+from fairserve.dispatch.granting import Granting
 from fairserve.dispatch.leases import Waiting, scaled
 from fairserve.dispatch.ledger import Ledger
 from fairserve.dispatch.limits import DispatchLimits
 from fairserve.dispatch.messages import StepReport, Totals
 from fairserve.dispatch.replica_book import LocalBook
+from fairserve.dispatch.stages import Stages
 from fairserve.fairness.baselines import Fcfs, Lcf
 from fairserve.fairness.hierarchy import path_of
 from fairserve.fairness.queue import Amounts, FairQueue
@@ -35,7 +36,7 @@ from tests.toy_cluster import Lossy, Perfect, ToyCluster
 SEEDS = range(20)
 STEPS = 200
 
-grant, requeue, merge, charge = Dispatcher._grant, Dispatcher._requeue, Ledger.merge, FairQueue.charge
+grant, requeue, merge, charge = Granting._grant, Stages.requeue, Ledger.merge, FairQueue.charge
 
 
 # -- what is taken out ------------------------------------------------------------------------------------------------
@@ -52,12 +53,12 @@ def lift_only_when_somebody_waits(self: Vtc, client: str, waiting: WaitingClient
     return None if least is None else waiting.counter(least)
 
 
-def grant_for_nothing(self: Dispatcher, waiting: Waiting, room: ReplicaRoom, need: int, now_s: float) -> None:
+def grant_for_nothing(self: Granting, waiting: Waiting, room: ReplicaRoom, need: int, now_s: float) -> None:
     """The input is charged when the replica reports it."""
     grant(self, waiting, room, need, now_s)
-    lease = self.leases.get(waiting.submit.request_id)
+    lease = self._state.leases.get(waiting.submit.request_id)
     assert lease is not None
-    self._release(lease, lease.held)
+    self._stages._release(lease, lease.held)
 
 
 def merge_repeats(self: Ledger, report: StepReport, *, as_baseline: bool = False) -> dict[str, Totals] | None:
@@ -72,28 +73,29 @@ def merge_repeats(self: Ledger, report: StepReport, *, as_baseline: bool = False
     return result
 
 
-def dispatch_whatever_fits(self: Dispatcher, now_s: float) -> None:
+def dispatch_whatever_fits(self: Granting, now_s: float) -> None:
     """Past a head that does not fit, the next client's is tried."""
+    state = self._state
 
     def fitting() -> tuple[Waiting, ReplicaRoom, int] | None:
-        for client in sorted(self.queue.backlog.clients(), key=self.queue.standing):
-            waiting = self.queue.backlog.head(client)[1]
-            need = self.limits.need_tokens(waiting.submit)
-            room = self._placement.room_for(waiting.submit, need, now_s)
+        for client in sorted(state.queue.backlog.clients(), key=state.queue.standing):
+            waiting = state.queue.backlog.head(client)[1]
+            need = state.limits.need_tokens(waiting.submit)
+            room = state.placement.room_for(waiting.submit, need, now_s)
             if room is not None:
                 return waiting, room, need
         return None
 
     while (found := fitting()) is not None:
         waiting, room, need = found
-        self.queue.take(waiting.submit.client, waiting.submit.request_id)
+        state.queue.take(waiting.submit.client, waiting.submit.request_id)
         self._grant(waiting, room, need, now_s)
 
 
-def requeue_without_refund(self: Dispatcher, request_id: str, now_s: float) -> None:
-    lease = self.leases.get(request_id)
+def requeue_without_refund(self: Stages, request_id: str, now_s: float) -> None:
+    lease = self._state.leases.get(request_id)
     assert lease is not None
-    self.watch.gave_back(lease.waiting.submit.client, scaled(lease.held, lease.rates))
+    self._state.watch.gave_back(lease.waiting.submit.client, scaled(lease.held, lease.rates))
     lease.held = 0.0
     requeue(self, request_id, now_s)
 
@@ -104,18 +106,18 @@ def apply_counters_as_they_are(self: LocalBook[Any], counters: dict[str, float],
         self._queue.set_counter(node, counter)
 
 
-def dispatch_all_then_charge(self: Dispatcher, now_s: float) -> None:
-    picked = []
-    while (waiting := self._placement.next()) is not None:
-        need = self.limits.need_tokens(waiting.submit)
-        room = self._placement.room_for(waiting.submit, need, now_s)
+def dispatch_all_then_charge(self: Granting, now_s: float) -> None:
+    state, picked = self._state, []
+    while (waiting := state.placement.next()) is not None:
+        need = state.limits.need_tokens(waiting.submit)
+        room = state.placement.room_for(waiting.submit, need, now_s)
         if room is None:
             break
-        self.queue.take(waiting.submit.client, waiting.submit.request_id)
-        self.capacity.reserve(room.name, waiting.submit.request_id, need)
+        state.queue.take(waiting.submit.client, waiting.submit.request_id)
+        state.capacity.reserve(room.name, waiting.submit.request_id, need)
         picked.append((waiting, room, need))
     for waiting, room, need in picked:
-        self.capacity.release(room.name, waiting.submit.request_id)
+        state.capacity.release(room.name, waiting.submit.request_id)
         self._grant(waiting, room, need, now_s)
 
 
@@ -130,10 +132,10 @@ PROTECTIONS: dict[str, tuple[type, str, Callable[..., Any], str]] = {
     "lift": (Vtc, "lift", Lcf.lift, "paper"),
     "lift, somebody waits": (Vtc, "lift", lift_only_when_nobody_waits, "paper"),
     "lift, nobody waits": (Vtc, "lift", lift_only_when_somebody_waits, "hierarchy"),
-    "charge at admission": (Dispatcher, "_grant", grant_for_nothing, "cluster"),
-    "no skipping": (Dispatcher, "dispatch", dispatch_whatever_fits, "paper"),
+    "charge at admission": (Granting, "_grant", grant_for_nothing, "cluster"),
+    "no skipping": (Granting, "dispatch", dispatch_whatever_fits, "paper"),
     "own charges on top": (LocalBook, "apply_counters", apply_counters_as_they_are, "late_replies"),
-    "pick and charge in one step": (Dispatcher, "dispatch", dispatch_all_then_charge, "cluster"),
+    "pick and charge in one step": (Granting, "dispatch", dispatch_all_then_charge, "cluster"),
     "charges of groups": (FairQueue, "charge", charge_only_the_client, "hierarchy"),
 }
 """Where, what stands there instead, and the family of runs whose bounds need it."""
@@ -200,7 +202,7 @@ def test_charges_are_what_was_delivered_as_long_as_nothing_is_taken_out() -> Non
 
 @pytest.mark.parametrize(
     ("owner", "method", "instead"),
-    [(Ledger, "merge", merge_repeats), (Dispatcher, "_requeue", requeue_without_refund)],
+    [(Ledger, "merge", merge_repeats), (Stages, "requeue", requeue_without_refund)],
     ids=["the ledger's idempotence", "the refund of a lapsed lease"],
 )
 def test_charges_differ_from_delivery_without(owner: type, method: str, instead: Callable[..., Any]) -> None:
@@ -248,7 +250,7 @@ def run_life() -> None:
     [
         (Ledger, "merge", merge_repeats),
         (Ledger, "merge", merge_whatever_comes),
-        (Dispatcher, "_requeue", requeue_without_refund),
+        (Stages, "requeue", requeue_without_refund),
         (Changes, "before_unkept", read_late),
         (Changes, "before", tell_nothing),
     ],
