@@ -17,6 +17,7 @@ from unittest import mock
 
 from fairserve.cluster import replica
 from fairserve.cluster.keeper import ray_session_folder
+from fairserve.cluster.multiplex import Own
 from fairserve.dispatch.replica_book import LocalBook
 from fairserve.engine.request import GenerateRequest, RequestOutput
 
@@ -77,7 +78,7 @@ class WitnessReplica(replica.ModelReplica):
 
     async def generate(
         self, request: GenerateRequest, waited_s: float | None = None, *others: Any, **more: Any
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncIterator[RequestOutput | Own]:
         if waited_s is None:
             self._notes.write(UNGRANTED, request.request_id)
         async for output in super().generate(request, waited_s, *others, **more):

@@ -377,6 +377,9 @@ class ApiConfig(Strict):
     of the context."""
     request_timeout_s: PositiveFloat = 3600.0
     """Seconds that a request, once read and tokenized, may wait and run; then it is cancelled."""
+    multiplex: bool = True
+    """Tokens that one step of a replica makes for all requests of one ingress travel as one message. false: each
+    request's as one of its own, which costs several times the CPU at many streams."""
     retry_on_replica_death: bool = False
     """Continue a request whose replica died on another one, behind the tokens that its caller already has: a stream
     pauses, and goes on. Greedy and seeded output are what one replica would have made (as far as two replicas round

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import replace
 
 from fairserve.engine.request import RequestOutput, joined
 
 
 class OutputStream:
-    """An async iterator of outputs; what piled up since the last read comes as one. Ends after a finish reason."""
+    """An async iterator of outputs; what piled up since the last read comes as one. Ends after a finish reason.
+    ``saw`` is told each output as it comes."""
 
-    def __init__(self, waited_s: float | None = None) -> None:
+    def __init__(self, waited_s: float | None = None, saw: Callable[[RequestOutput], None] | None = None) -> None:
         self._waited_s = waited_s
+        self._saw = saw
         self._ready: RequestOutput | None = None
         self._event = asyncio.Event()
         self._is_over = False
 
     def put(self, output: RequestOutput) -> None:
+        if self._saw is not None:
+            self._saw(output)
         if self._ready is None:
             self._ready = replace(output, waited_s=self._waited_s)
             self._waited_s = None

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from fairserve.clock import Clock, SystemClock
 from fairserve.cluster.counter_actor import start_counter_actor, without_keys
 from fairserve.cluster.counter_client import RETRY_S, CounterLink, CounterTransport, RayTransport, for_ever
 from fairserve.cluster.metrics_sink import NO_METRICS, MetricsSink, deployment_metrics
+from fairserve.cluster.multiplex import Message, Outlet, Own, Trunks
 from fairserve.cluster.outputs import OutputStream
 from fairserve.cluster.replica_metrics import ReplicaMetrics, replica_meter
 from fairserve.cluster.tracing import NO_TRACING, PhaseSpans, Tracer, make_tracing
@@ -68,7 +69,8 @@ class ReplicaCore:
         self._metrics = ReplicaMetrics(metrics, limits, args.metrics.interval_s, clock.now_s())
         self._link = CounterLink(args.counter, clock, replica_meter(metrics))
         self._reporter = Reporter(name, time.time_ns())
-        self._streams: dict[str, OutputStream] = {}
+        self._streams: dict[str, OutputStream | Outlet] = {}
+        self._trunks = Trunks(name)
         self._clients: dict[str, str] = {}
         """request id -> client of what the engine has, also of aborted requests until their last output."""
         self._usage: dict[str, Usage] = {}
@@ -100,9 +102,14 @@ class ReplicaCore:
         await self._report()
 
     async def generate(
-        self, request: GenerateRequest, waited_s: float | None = None, num_returns: int = 0
-    ) -> AsyncIterator[RequestOutput]:
-        """Run one request; outputs of several steps are merged when the reader is slow. Closing it aborts.
+        self,
+        request: GenerateRequest,
+        waited_s: float | None = None,
+        num_returns: int = 0,
+        ingress: str | None = None,
+    ) -> AsyncIterator[RequestOutput | Own]:
+        """Run one request; outputs of several steps are merged when the reader is slow. Closing it aborts. With
+        ``ingress`` its outputs are numbered, and most of them go over that ingress's trunk when there is one.
 
         Without ``waited_s`` it comes without a grant, from a router that cannot reach the counter actor. If it has not
         started by the time the actor answers here again, its only output says ``returned``, for the cluster's queue to
@@ -123,33 +130,43 @@ class ReplicaCore:
             raise ReplicaFailed(f"it has request {request_id!r} already")
         self._engine_loop.submit(request)
         self._clients[request_id] = request.client
-        stream = self._streams[request_id] = OutputStream(waited_s)
+        spans = PhaseSpans(self._tracer, request, self._name) if request.trace else None
+        saw = None if spans is None else spans.saw
+        if ingress is None:
+            stream: OutputStream | Outlet = OutputStream(waited_s, saw)
+        else:
+            stream = self._trunks.open(ingress, request_id, waited_s, saw)
+        self._streams[request_id] = stream
         if waited_s is None:
             keep_s = min(KEEP_S * 2**num_returns, MAX_KEEP_S)
             self._return_at_s[request_id] = self._clock.now_s() + keep_s
-        spans = PhaseSpans(self._tracer, request, self._name) if request.trace else None
         finished, reason = False, "left"
         try:
-            async for output in stream:
-                finished = output.finish_reason is not None
-                if spans is not None:
-                    spans.saw(output)
-                    reason = output.finish_reason or reason
-                if output.finish_reason == "error":
+            async for item in stream:
+                output = item.output if isinstance(item, Own) else item
+                if output is not None and output.finish_reason is not None:
+                    finished, reason = True, output.finish_reason
+                if output is not None and output.finish_reason == "error":
                     error = failure(output)
                     is_gone = self._is_leaving or not self.is_healthy
                     if is_gone and isinstance(error, ReplicaFailed):
                         error = ReplicaDied(output.error or "the engine failed")
                     raise error
-                yield output
+                yield item
         finally:
             del self._streams[request_id]
+            if ingress is not None:
+                self._trunks.close(ingress, request_id)
             self._return_at_s.pop(request_id, None)
             if spans is not None:
                 spans.end(reason)
             if not finished:
                 with contextlib.suppress(ReplicaFailed):  # stopped meanwhile: it aborts all by itself
                     self._engine_loop.abort(request_id)
+
+    def trunk(self, ingress: str) -> AsyncGenerator[Message, None]:
+        """See :meth:`Trunks.attach`."""
+        return self._trunks.attach(ingress)
 
     def usage(self) -> dict[str, Usage]:
         """Tokens by client of every request that has ended here, also of those whose reader left: what callers were
@@ -216,6 +233,7 @@ class ReplicaCore:
         """Finish what runs; what only waits here is sooner served elsewhere."""
         logger.info("replica %s drains: %d requests are here", self._name, len(self._streams))
         self._is_draining = True
+        self._trunks.drain()
         self._news.set()
         with contextlib.suppress(ReplicaFailed):  # stopped meanwhile
             self._return(list(self._streams))
@@ -341,11 +359,18 @@ class ModelReplica:
         num_returns: int = 0,
         first_sent_s: float | None = None,
         replaces: str | None = None,
-    ) -> AsyncIterator[RequestOutput]:
+        ingress: str | None = None,
+    ) -> AsyncIterator[RequestOutput | Own]:
         """See :meth:`ReplicaCore.generate`; ``first_sent_s`` and ``replaces``, the id under which an earlier replica
         had the request, are for the router."""
-        async for output in self._core.generate(request, waited_s, num_returns):
+        async for output in self._core.generate(request, waited_s, num_returns, ingress):
             yield output
+
+    async def trunk(self, ingress: str, replica: str) -> AsyncIterator[Message]:
+        """See :meth:`Trunks.attach`; ``replica``, which is this one, is for the router."""
+        async with contextlib.aclosing(self._core.trunk(ingress)) as messages:
+            async for message in messages:
+                yield message
 
     async def limits(self) -> Limits:
         """What this replica's engine can hold."""

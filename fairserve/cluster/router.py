@@ -74,6 +74,8 @@ class FairRouter(RequestRouter):
         from fairserve.dispatch.messages import Submit
         from fairserve.engine.request import GenerateRequest
 
+        if (addressee := pending_request.kwargs.get("replica")) is not None:
+            return await self._addressed(addressee)
         await self._wait_for_any_replica()
         request = pending_request.args[0] if pending_request.args else None
         if not isinstance(request, GenerateRequest):
@@ -152,6 +154,19 @@ class FairRouter(RequestRouter):
                     await self._wait_for_update()
         replica_id = self._by_name.get(name)
         return None if replica_id is None else self._replicas.get(replica_id)
+
+    async def _addressed(self, name: str) -> RunningReplica:
+        """The replica that a call names.
+
+        Raises:
+            ReplicaFailed: Serve has stopped it, or it never came.
+        """
+        from fairserve.errors import ReplicaFailed
+
+        replica = await self._find(name)
+        if replica is None:
+            raise ReplicaFailed(f"replica {name} takes no more calls")
+        return replica
 
     def _less_loaded(self) -> RunningReplica:
         two = self._random.sample(self._replicas_list, min(2, len(self._replicas_list)))
