@@ -1,0 +1,130 @@
+"""A model replica without a model: every running request gets a token at fixed times. All else is the real replica."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+from fairserve.assembly import make_local_book
+from fairserve.clock import SystemClock
+from fairserve.cluster.counter_actor import start_counter_actor
+from fairserve.cluster.counter_client import RayTransport
+from fairserve.cluster.metrics_sink import deployment_metrics
+from fairserve.cluster.replica import ModelReplica, ReplicaCore
+from fairserve.config import FairServeArgs
+from fairserve.dispatch.replica_book import LocalBook
+from fairserve.engine.events import Limits, StepEvents
+from fairserve.engine.request import FinishReason, GenerateRequest, RequestOutput, Usage
+
+STEPS_PER_S = 30
+SLOTS = 256
+LIMITS = Limits(max_model_len=8192, kv_capacity_tokens=2**22, max_num_seqs=SLOTS, block_size=16, vocab_size=50_000)
+TEXT, TOKEN = " token", 4711
+
+
+class StubLoop:
+    """Stands for an ``EngineLoop``; takes every request at once."""
+
+    def __init__(self, book: LocalBook[GenerateRequest], on_step: Callable[[StepEvents], None]) -> None:
+        self._book = book
+        self._on_step = on_step
+        self._lock = threading.Lock()
+        self._inbox: list[Callable[[], None]] = []
+        self._running: dict[str, tuple[GenerateRequest, int]] = {}
+        self._ended: list[RequestOutput] = []
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self.ended: str | None = None
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout: float | None = None) -> bool:
+        self._is_over.set()
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def submit(self, request: GenerateRequest) -> None:
+        self.call(lambda: self._add(request))
+
+    def abort(self, request_id: str, only_if: Callable[[], bool] = lambda: True) -> None:
+        self.call(lambda: self._abort(request_id) if only_if() else None)
+
+    def call(self, fn: Callable[[], None]) -> None:
+        with self._lock:
+            self._inbox.append(fn)
+
+    def _add(self, request: GenerateRequest) -> None:
+        self._book.received(request)
+        self._book.push(request)
+        self._book.pop()
+        self._book.started(request.request_id, request.num_input, 0)
+        self._running[request.request_id] = (request, 0)
+
+    def _abort(self, request_id: str) -> None:
+        if request_id in self._running:
+            request, num = self._running.pop(request_id)
+            self._book.finished(request_id)
+            self._ended.append(RequestOutput(request_id, "", (), Usage(request.num_input, 0, num), (), "abort"))
+
+    def _run(self) -> None:
+        began_s, step = time.perf_counter(), 0
+        while not self._is_over.is_set():
+            step = max(step + 1, int((time.perf_counter() - began_s) * STEPS_PER_S))
+            time.sleep(max(0.0, began_s + step / STEPS_PER_S - time.perf_counter()))
+            with self._lock:
+                items, self._inbox = self._inbox, []
+            for item in items:
+                item()
+            if self._running or self._ended or items:
+                self._step()
+
+    def _step(self) -> None:
+        outputs, self._ended = self._ended, []
+        num_decoded = len(self._running)
+        for request_id, (request, num) in list(self._running.items()):
+            self._book.output(request_id, 1)
+            is_last = num + 1 >= request.sampling.max_tokens
+            reason: FinishReason | None = "length" if is_last else None
+            usage = Usage(request.num_input, 0, num + 1)
+            outputs.append(RequestOutput(request_id, TEXT, (TOKEN,), usage, (), reason))
+            if is_last:
+                del self._running[request_id]
+                self._book.finished(request_id)
+            else:
+                self._running[request_id] = (request, num + 1)
+        room = LIMITS.kv_capacity_tokens - sum(one.num_input + num for one, num in self._running.values())
+        num_running = len(self._running)
+        self._on_step(
+            StepEvents(tuple(outputs), num_running, 0, room, SLOTS - num_running, num_decode_tokens=num_decoded)
+        )
+
+
+class StubReplica(ModelReplica):
+    """A Serve deployment class like its parent."""
+
+    async def __init__(self, args_json: str) -> None:  # type: ignore[misc]
+        from ray import serve
+
+        args = FairServeArgs.model_validate_json(args_json)
+        actor = await asyncio.to_thread(start_counter_actor, args)
+        book: LocalBook[GenerateRequest] = make_local_book(args.fairness)
+        name = serve.get_replica_context().replica_id.unique_id
+        transport = RayTransport(lambda: start_counter_actor(args), actor)
+        metrics = deployment_metrics(args.metrics, args.counter.name)
+        self._core = ReplicaCore(name, LIMITS, book, transport, args, SystemClock(), metrics)
+        self._core.start(StubLoop(book, self._core.on_step))
+
+
+@contextlib.contextmanager
+def stubbed() -> Iterator[None]:
+    """Applications that are built inside the block have no model."""
+    with mock.patch("fairserve.app.ModelReplica", StubReplica):
+        yield
