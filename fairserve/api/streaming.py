@@ -10,6 +10,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, aclosing
+from dataclasses import replace
 from typing import Any
 
 from starlette.requests import ClientDisconnect
@@ -22,6 +23,8 @@ from fairserve.api.merging import Batch
 from fairserve.engine.request import RequestOutput, joined
 
 DONE = b"data: [DONE]\n\n"
+MARK = "\0text\0"
+"""Stands for a token's text. Nothing else in an event can hold it: NUL is in no name."""
 QUEUE_HEADER = "x-fairserve-queue-ms"
 STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
@@ -36,8 +39,33 @@ def queue_header(batch: Batch) -> dict[str, str]:
     return {QUEUE_HEADER: f"{max(waits) * 1000:.1f}"} if waits else {}
 
 
+_to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+
+
 def event(data: Any) -> bytes:
-    return f"data: {json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(',', ':'))}\n\n".encode()
+    return f"data: {_to_json(data)}\n\n".encode()
+
+
+class Events:
+    """The outputs of one answer as events. All but the text of a plain token's event is made once for each choice."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+        self._frames: dict[int, tuple[str, str]] = {}
+        """Of each choice that has begun: what stands before and after the text."""
+
+    def of(self, index: int, output: RequestOutput) -> bytes:
+        """Of one choice; empty when there is nothing to say."""
+        is_plain = not output.logprobs and output.finish_reason is None
+        if is_plain and (frame := self._frames.get(index)) is not None:
+            return f"{frame[0]}{_to_json(output.text)}{frame[1]}".encode() if output.text else b""
+        chunk = self._answer.chunk(index, output)
+        if is_plain and chunk is not None:
+            marked = self._answer.chunk(index, replace(output, text=MARK))  # no longer the first of its choice
+            before, mark, after = f"data: {_to_json(marked)}\n\n".partition(_to_json(MARK))
+            if mark:
+                self._frames[index] = before, after
+        return b"" if chunk is None else event(chunk)
 
 
 async def whole(answer: Answer, batches: Batches, deadline: Deadline) -> JSONResponse:
@@ -64,6 +92,7 @@ async def stream(
         Exception: whatever ended ``batches``, if nothing was sent yet.
     """
     last: dict[int, RequestOutput] = {}
+    events = Events(answer)
     is_started = False
     try:
         async with deadline, aclosing(batches):
@@ -72,8 +101,7 @@ async def stream(
                     is_started = True
                     await send(_start(queue_header(batch)))
                 last |= batch
-                chunks = [answer.chunk(index, output) for index, output in batch.items()]
-                if data := b"".join(event(chunk) for chunk in chunks if chunk is not None):
+                if data := b"".join([events.of(index, output) for index, output in batch.items()]):
                     await send(_body(data))
     except ClientDisconnect:
         raise
