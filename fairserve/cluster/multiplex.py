@@ -222,8 +222,9 @@ class Trunks:
 
     def __init__(self, name: str) -> None:
         self._name = name
+        self.num_trunks = 0
+        """That there have been."""
         self._lines: dict[str, Line] = {}
-        self._num_trunks = 0
         self._is_draining = False
 
     @property
@@ -258,8 +259,8 @@ class Trunks:
         """A trunk to this ingress, in place of the one there was."""
         line = self._lines.setdefault(ingress, Line())
         self._lose(line)
-        self._num_trunks += 1
-        trunk = line.trunk = Trunk(self._num_trunks)
+        self.num_trunks += 1
+        trunk = line.trunk = Trunk(self.num_trunks)
         try:
             async with aclosing(trunk.messages(lambda: self._idle_s(line))) as messages:
                 async for message in messages:
@@ -281,7 +282,7 @@ class Trunks:
 
     def _ask(self, line: Line, outlet: Outlet) -> None:
         if line.trunk is None and len(line.outlets) >= MIN_SHARED and not self._is_draining:
-            outlet.ask(NoTrunk(self._name, self._num_trunks))
+            outlet.ask(NoTrunk(self._name, self.num_trunks))
 
     def _idle_s(self, line: Line) -> float | None:
         if line.outlets:

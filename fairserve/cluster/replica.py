@@ -179,6 +179,11 @@ class ReplicaCore:
         return len(self._streams)
 
     @property
+    def num_trunks(self) -> int:
+        """Trunks that ingresses have opened here."""
+        return self._trunks.num_trunks
+
+    @property
     def load(self) -> tuple[int, int]:
         """Requests running and waiting here after the newest step."""
         return self._newest.num_running, self._newest.num_waiting
@@ -383,6 +388,10 @@ class ModelReplica:
     async def load(self) -> tuple[int, int]:
         """See :attr:`ReplicaCore.load`."""
         return self._core.load
+
+    async def num_trunks(self) -> int:
+        """See :attr:`ReplicaCore.num_trunks`."""
+        return self._core.num_trunks
 
     async def check_health(self) -> None:
         """
