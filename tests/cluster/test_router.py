@@ -121,6 +121,20 @@ async def test_without_the_counter_actor_a_living_replica_is_chosen() -> None:
     assert chosen.replica_id.unique_id == "a"
 
 
+async def test_a_call_that_names_its_replica_goes_there_without_a_grant_or_fails_if_it_left() -> None:
+    client = ScriptedClient([])
+    router = router_of(client, "a", "b")
+    call = pending("ingress-1")
+    call.kwargs["replica"] = "b"
+    assert (await router._choose_replica_for_request(call)).replica_id.unique_id == "b"
+    for others in (("a",), ()):
+        set_replicas(router, *others)
+        async with asyncio.timeout(0.5):
+            with pytest.raises(ReplicaFailed, match="takes no more calls"):
+                await router._choose_replica_for_request(call)
+    assert client.asked == []
+
+
 async def test_a_grant_for_a_replica_that_left_is_declined_at_once() -> None:
     client = ScriptedClient(["gone", "a"])
     router = router_of(client, "a", "gone")
