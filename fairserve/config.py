@@ -254,6 +254,14 @@ class EngineConfig(Strict):
     max_num_seqs of them on a GPU, as far as gpu_memory_fraction leaves room."""
     block_size: PositiveInt = 16
     """Tokens in one KV block; rounded up to what the attention needs (64 with xformers)."""
+    prefix_cache: bool = True
+    """Keep what finished requests left in the KV cache until its blocks are needed: a request that begins with the same
+    tokens (a system prompt, a chat's next turn) does not compute them again. fairness.cost.cached_fraction says what
+    they cost."""
+    prefix_cache_scope: Literal["client", "team", "organisation", "replica"] = "client"
+    """Whose requests may find each other's tokens. Whoever shares can tell from the time to the first token whether a
+    text was sent before. team, organisation: clients whose names are paths (organisation/team/user); others share with
+    nobody. replica: everybody."""
     gpu_memory_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9
     """GPU only: part of the memory used for weights and KV cache together."""
     num_threads: PositiveInt | None = None

@@ -11,15 +11,30 @@ from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 
 
+class HashChain:
+    """Hashes of a growing sequence of tokens, one per whole block, each covering ``start`` and all tokens before it."""
+
+    __slots__ = ("_block_bytes", "_hash")
+
+    def __init__(self, start: bytes, block_tokens: int, digest_size: int, secret: bytes = b"") -> None:
+        """``digest_size``: bytes of a hash. ``secret``: at most 64 bytes; who does not know it can make no hash."""
+        self._hash = blake2b(start, digest_size=digest_size, key=secret)
+        self._block_bytes = 8 * block_tokens
+
+    def extend(self, token_ids: Sequence[int]) -> list[bytes]:
+        """The next blocks' hashes. Tokens past the last whole block are passed over: give them again, with more."""
+        tokens, size, chain, hashes = array("q", token_ids).tobytes(), self._block_bytes, self._hash, []
+        for end in range(size, len(tokens) + 1, size):
+            chain.update(tokens[end - size : end])
+            hashes.append(chain.digest())
+        return hashes
+
+
 def prefix_hashes(client: str, token_ids: Sequence[int], block_tokens: int) -> tuple[int, ...]:
     """One 64-bit hash per whole block of a prompt, each covering all before it. Salted with the client: equal prompts
     of two clients have nothing in common, for what is shared can be felt in the time to the first token."""
-    chain = blake2b(client.encode(), digest_size=8)
-    hashes = []
-    for end in range(block_tokens, len(token_ids) + 1, block_tokens):
-        chain.update(array("q", token_ids[end - block_tokens : end]).tobytes())
-        hashes.append(int.from_bytes(chain.digest(), "little"))
-    return tuple(hashes)
+    chain = HashChain(client.encode(), block_tokens, digest_size=8)
+    return tuple(int.from_bytes(block, "little") for block in chain.extend(token_ids))
 
 
 class PrefixMap:

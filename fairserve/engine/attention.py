@@ -82,6 +82,13 @@ class LayerCaches:
         self._values: dict[int, Tensor] = {}
         self._layout: StepLayout | None = None
 
+    def copy(self, runs: Sequence[tuple[int, int, int]]) -> None:
+        dim = self.slot_dim
+        for tensor in (*self._keys.values(), *self._values.values()):
+            read = [tensor.narrow(dim, source, length).clone() for source, _, length in runs]
+            for (_, slot, length), rows in zip(runs, read, strict=True):
+                tensor.narrow(dim, slot, length).copy_(rows)
+
     def scrub(self, slots: Tensor) -> None:
         for tensor in (*self._keys.values(), *self._values.values()):
             tensor.index_fill_(self.slot_dim, slots, 0)
@@ -91,6 +98,9 @@ class KVAttention(Protocol):
     """A KV cache together with the attention that reads it."""
 
     block_size_multiple: ClassVar[int]
+    shares_blocks: ClassVar[bool]
+    """Two sequences may read the same block: it reads through block tables. Else it wants a sequence's slots to follow
+    each other, and what is shared is copied."""
 
     def __init__(self, num_slots: int, block_size: int, dtype: torch.dtype, device: torch.device) -> None: ...
 
@@ -108,6 +118,11 @@ class KVAttention(Protocol):
 
     def allocate(self, layer: int, kv_heads: int, key_dim: int, value_dim: int) -> None:
         """Make the cache of one layer, zeroed."""
+        ...
+
+    def copy(self, runs: Sequence[tuple[int, int, int]]) -> None:
+        """Copy (first source slot, first destination slot, number) in all layers, as if all were read before any is
+        written."""
         ...
 
     def scrub(self, slots: Tensor) -> None:

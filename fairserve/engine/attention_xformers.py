@@ -27,6 +27,7 @@ from fairserve.engine.attention import LayerCaches, Span, StepLayout, slots_of
 
 class XformersAttention(LayerCaches):
     block_size_multiple: ClassVar[int] = 64
+    shares_blocks: ClassVar[bool] = True
     slot_dim: ClassVar[int] = 0
 
     def __init__(self, num_slots: int, block_size: int, dtype: torch.dtype, device: torch.device) -> None:

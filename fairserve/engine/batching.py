@@ -8,6 +8,10 @@ the order of the counters). When a decode finds no block, the youngest request o
 its blocks are freed and its tokens recomputed later, without a second charge. With ``preempt_gap`` the same happens
 when the request that goes next finds no room, and the most served running client is ahead of its client by more than
 that.
+
+With a prefix cache a request starts after the leading blocks whose content is there already; at least its last token is
+computed, because its row is sampled. Blocks are stored when a step has filled them, prompt and output alike, so that a
+chat's next turn and a preempted request find them.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from dataclasses import dataclass, field
 from fairserve.engine.budget import StepBudget
 from fairserve.engine.hooks import Account, WaitingQueue
 from fairserve.engine.kv_blocks import KVBlocks
+from fairserve.engine.prefix_cache import BlockKeys, KeyMaker
 from fairserve.engine.request import GenerateRequest, Usage
 
 
@@ -33,6 +38,8 @@ class Sequence:
     """Tokens of prompt and output whose keys and values are in the cache."""
     num_input_computed: int = 0
     """Prompt tokens ever computed; what an abort cannot refund."""
+    num_stored: int = 0
+    """Leading blocks that were found in the prefix cache, or stored there."""
     num_refunded: int = 0
     num_cached: int = 0
     """Prompt tokens that came from the prefix cache."""
@@ -91,6 +98,12 @@ class StepPlan:
     decodes: tuple[Chunk, ...] = ()
     prefills: tuple[Chunk, ...] = ()
     num_preempted: int = 0
+    copies: tuple[tuple[int, int], ...] = ()
+    """KV blocks (source, destination) to copy first, once, and as if all were read before any is written."""
+    num_started_tokens: int = 0
+    """Prompt tokens of the requests that start with this step."""
+    num_cached_tokens: int = 0
+    """Those of them that the prefix cache held."""
 
     def __iter__(self) -> Iterator[Chunk]:
         yield from self.decodes
@@ -119,9 +132,11 @@ class Batcher:
         max_model_len: int,
         preempt_gap: float | None = None,
         cached_tokens: Callable[[GenerateRequest], int] | None = None,
+        prefix_cache: KeyMaker | None = None,
     ) -> None:
         """``preempt_gap``: service / weight; None: never preempt for fairness. ``cached_tokens``: leading prompt tokens
-        that need not be computed, asked when a request starts."""
+        that need not be computed, asked when a request starts (a model of a cache). ``prefix_cache``: names what blocks
+        hold; None: nothing is found again."""
         assert max_model_len <= kv.capacity_tokens, "a lone request must always fit: else it could wait for ever"
         self._kv = kv
         self._queue = queue
@@ -134,6 +149,10 @@ class Batcher:
         self._running: dict[str, Sequence] = {}
         self._preempted: dict[str, Sequence] = {}
         self._num_started = 0
+        self._prefix_cache = prefix_cache
+        self._keys: dict[str, BlockKeys] = {}
+        """Of requests that were looked at, until they leave."""
+        self._num_started_tokens = self._num_cached_tokens = 0
 
     @property
     def running(self) -> Mapping[str, Sequence]:
@@ -146,7 +165,8 @@ class Batcher:
 
     @property
     def resident_tokens(self) -> int:
-        return sum(sequence.num_computed for sequence in self._running.values())
+        num_twice = self._kv.num_shared * self._kv.block_size
+        return sum(sequence.num_computed for sequence in self._running.values()) - num_twice
 
     def max_tokens(self, request: GenerateRequest) -> int:
         """Tokens of prompt and output that the request can grow to."""
@@ -154,6 +174,7 @@ class Batcher:
 
     def plan(self) -> StepPlan:
         """What to compute next; takes the blocks for it, admits, and preempts where it must."""
+        self._num_started_tokens = self._num_cached_tokens = 0
         num_preempted = self._make_room_for_decodes()
         # Blocks just taken from a victim are not for newcomers: the next decode would take them back.
         admits = not num_preempted
@@ -174,21 +195,33 @@ class Batcher:
         while admits and budget > 0 and (admitted := self._admit()) is not None:
             chunks.append(self._chunk(admitted, budget))
             budget -= len(chunks[-1].token_ids)
-        return StepPlan(tuple(self._chunk(s, 1) for s in decodes), tuple(chunks), num_preempted)
+        return StepPlan(
+            tuple(self._chunk(s, 1) for s in decodes),
+            tuple(chunks),
+            num_preempted,
+            self._kv.take_copies(),
+            self._num_started_tokens,
+            self._num_cached_tokens,
+        )
 
-    def commit(self, plan: StepPlan, sampled: Mapping[str, int]) -> list[Sequence]:
-        """Book a step that was run. ``sampled``: the new token of each request whose chunk samples.
+    def commit(self, plan: StepPlan, sampled: Mapping[str, int], failed: Collection[str] = ()) -> list[Sequence]:
+        """Book a step that was run. ``sampled``: the new token of each request whose chunk samples. ``failed``: whose
+        keys and values nobody may use.
 
         Returns the sequences that got a token. A request that samples and is not in ``sampled`` has failed: the
         caller finishes it. Requests that left since the plan are passed over.
         """
         self._budget.went_well()
         grown = []
+        never = self._max_model_len + 1
+        block_size = never if self._prefix_cache is None else self._kv.block_size
         for chunk in plan:
             sequence = self._running.get(chunk.request_id)
             if sequence is None:
                 continue
             end = sequence.num_computed = chunk.end
+            if end // block_size > sequence.num_stored and chunk.request_id not in failed:
+                self._store(sequence)
             if sequence.num_input_computed < sequence.num_input:
                 sequence.num_input_computed = max(sequence.num_input_computed, min(end, sequence.num_input))
             if chunk.samples and chunk.request_id in sampled:
@@ -229,6 +262,7 @@ class Batcher:
             sequence = self._preempted.pop(request_id, None)
             self._queue.remove(request_id)
         self._kv.free(request_id)
+        self._keys.pop(request_id, None)
         if sequence is not None:
             num_due = max(sequence.num_input_computed, sequence.num_paid)
             refund = sequence.request.num_input - num_due - sequence.num_refunded
@@ -248,10 +282,13 @@ class Batcher:
             held = self._kv.num_held(request_id) * self._kv.block_size
             assert sequence.num_computed <= held, f"{request_id}: tokens without a block"
             assert sequence.num_tokens <= self.max_tokens(sequence.request), f"{request_id}: grew too long"
+            if self._prefix_cache is not None:
+                assert sequence.num_stored == sequence.num_computed // self._kv.block_size, f"{request_id}: not stored"
         for request_id, sequence in self._preempted.items():
             assert sequence.num_computed == 0, f"{request_id}: preempted, yet computed"
             assert self._kv.num_held(request_id) == 0, f"{request_id}: preempted, yet holds blocks"
-        held = sum(self._kv.num_held(request_id) for request_id in self._running)
+        assert self._prefix_cache is None or self._keys.keys() >= self._running.keys(), "a sequence without its keys"
+        held = sum(self._kv.num_held(request_id) for request_id in self._running) - self._kv.num_shared
         assert held + self._kv.num_free == self._kv.num_blocks, "blocks held by a request that does not run"
 
     def _make_room_for_decodes(self) -> int:
@@ -307,9 +344,12 @@ class Batcher:
         """There is a slot, and room for all that is known of it, once ``without`` are gone."""
         back = self._preempted.get(request.request_id)
         num_tokens = request.num_input if back is None else back.num_tokens
-        num_blocks = self._kv.num_free + sum(self._kv.num_held(s.request.request_id) for s in without)
         num_slots = self._budget.requests - len(self._running) + len(without)
-        return num_slots > 0 and self._kv.blocks_for(num_tokens) <= num_blocks
+        if num_slots <= 0:
+            return False
+        # Whoever gets a copy of what is cached needs as much room as who computes it.
+        keys = self._known(request, back) if self._kv.shares else ()
+        return self._kv.can_start(num_tokens, keys, [s.request.request_id for s in without])
 
     def _preempt(self, sequence: Sequence) -> None:
         self._stop(sequence)
@@ -319,7 +359,7 @@ class Batcher:
         request_id = sequence.request.request_id
         del self._running[request_id]
         self._kv.free(request_id)
-        sequence.num_computed = 0
+        sequence.num_computed = sequence.num_stored = 0
         self._preempted[request_id] = sequence
 
     def _admit(self) -> Sequence | None:
@@ -329,20 +369,51 @@ class Batcher:
             return None
         popped = self._queue.pop()
         assert popped.request_id == request.request_id, "the queue popped another request than it named"
-        sequence = self._preempted.pop(request.request_id, None) or self._start(request)
-        self._kv.take(request.request_id, sequence.num_tokens, self.max_tokens(request))
+        back = self._preempted.pop(request.request_id, None)
+        keys = self._known(request, back)
+        num_tokens = request.num_input if back is None else back.num_tokens
+        num_stored = self._kv.take(request.request_id, num_tokens, self.max_tokens(request), keys)
+        num_found = num_stored * self._kv.block_size
+        if back is None and self._cached_tokens is not None:
+            num_found = min(self._cached_tokens(request), request.num_input - 1)
+        sequence = back or self._start(request, num_found)
+        sequence.num_stored, sequence.num_computed = num_stored, num_found
+        # What a preempted request finds is not computed again, and its input was charged: nothing of it is refunded.
+        sequence.num_input_computed = max(sequence.num_input_computed, min(num_found, request.num_input))
         self._running[request.request_id] = sequence
         return sequence
 
-    def _start(self, request: GenerateRequest) -> Sequence:
+    def _start(self, request: GenerateRequest, num_cached: int) -> Sequence:
         self._num_started += 1
+        self._num_started_tokens += request.num_input
+        self._num_cached_tokens += num_cached
         num_paid = 0 if request.num_generated is None else request.num_input
-        sequence = Sequence(request, age=self._num_started, num_paid=num_paid)
-        if self._cached_tokens is not None:  # the last token is computed all the same: its row is sampled
-            sequence.num_cached = min(self._cached_tokens(request), request.num_input - 1)
-            sequence.num_computed = sequence.num_input_computed = sequence.num_cached
-        self._account.started(request.request_id, request.num_input, max(sequence.num_cached, num_paid))
+        sequence = Sequence(request, age=self._num_started, num_cached=num_cached, num_paid=num_paid)
+        self._account.started(request.request_id, request.num_input, max(num_cached, num_paid))
         return sequence
+
+    def _known(self, request: GenerateRequest, back: Sequence | None) -> list[bytes]:
+        """Keys of what a request is about to compute; not of its last token, whose row is sampled."""
+        if self._prefix_cache is None:
+            return []
+        block_size = self._kv.block_size
+        keys = self._keys.get(request.request_id)
+        if keys is None:
+            keys = self._keys[request.request_id] = self._prefix_cache.keys_for(request.client)
+            keys.add(request.prompt_token_ids)
+        num_tokens = request.num_input if back is None else back.num_tokens
+        if back is not None and num_tokens // block_size > len(keys):
+            keys.add(back.tokens(len(keys) * block_size, num_tokens))
+        return keys[: (num_tokens - 1) // block_size]
+
+    def _store(self, sequence: Sequence) -> None:
+        """Blocks that the last step filled can be found from now on."""
+        request_id, block_size = sequence.request.request_id, self._kv.block_size
+        keys, num_full = self._keys[request_id], sequence.num_computed // block_size
+        if num_full > len(keys):
+            keys.add(sequence.tokens(len(keys) * block_size, num_full * block_size))
+        self._kv.store(request_id, sequence.num_stored, keys[sequence.num_stored : num_full])
+        sequence.num_stored = num_full
 
     def _chunk(self, sequence: Sequence, budget: int) -> Chunk:
         request_id = sequence.request.request_id

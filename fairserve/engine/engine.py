@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 from dataclasses import dataclass, field
 
 import torch
@@ -26,6 +27,7 @@ from fairserve.engine.faults import EngineBroken, StepResult, StepRunner, run_st
 from fairserve.engine.hooks import Account, WaitingQueue
 from fairserve.engine.kv_blocks import KVBlocks
 from fairserve.engine.loading import LoadedModel, load_model
+from fairserve.engine.prefix_cache import KeyMaker
 from fairserve.engine.request import (
     ErrorCode,
     FinishReason,
@@ -145,9 +147,12 @@ class Engine:
         """Compute one step. What the model fails on fails alone, see :mod:`fairserve.engine.faults`; when that is
         everything, or the bookkeeping itself fails, the engine is ``broken``."""
         began_s = self._clock.now_s()
-        plan, result = StepPlan(), StepResult()
+        plan = planned = StepPlan()
+        result = StepResult()
         try:
-            plan = self._batcher.plan()
+            plan = planned = self._batcher.plan()
+            if plan.copies:
+                self._runner.copy(plan.copies)
             if plan:
                 result = run_step(self._runner, plan)
             if result.out_of_memory is None:
@@ -162,6 +167,8 @@ class Engine:
             num_decode_tokens=len(plan.decodes),
             num_preempted=plan.num_preempted,
             num_out_of_memory=int(result.out_of_memory is not None),
+            num_started_tokens=planned.num_started_tokens,
+            num_cached_tokens=planned.num_cached_tokens,
             step_s=self._clock.now_s() - began_s,
         )
 
@@ -217,7 +224,8 @@ class Engine:
     def _commit(self, plan: StepPlan, result: StepResult) -> None:
         """Book a step that was run. A request that it failed on is charged for its part of it: it was computed."""
         sampled = {request_id: row for request_id, row in result.rows.items() if row is not None}
-        grown = self._batcher.commit(plan, {request_id: s.token_id for request_id, s in sampled.items()})
+        tokens = {request_id: s.token_id for request_id, s in sampled.items()}
+        grown = self._batcher.commit(plan, tokens, result.failed)
         for sequence in grown:
             request_id = sequence.request.request_id
             try:
@@ -231,7 +239,7 @@ class Engine:
 
     def _fail_computed(self, chunk: Chunk, why: str) -> None:
         logger.warning("the model failed on request %s: %s", chunk.request_id, why)
-        self._runner.scrub(chunk)
+        self._runner.scrub(self._kv.forget(chunk.request_id))
         self._num_failed += 1
         self._fail(chunk.request_id, why, "model_error")
 
@@ -327,6 +335,8 @@ class Engine:
         num_decode_tokens: int = 0,
         num_preempted: int = 0,
         num_out_of_memory: int = 0,
+        num_started_tokens: int = 0,
+        num_cached_tokens: int = 0,
         step_s: float = 0.0,
     ) -> StepEvents:
         outputs, self._outputs = tuple(self._outputs), []
@@ -344,12 +354,15 @@ class Engine:
             resident_tokens=self._batcher.resident_tokens,
             num_failed=num_failed,
             num_out_of_memory=num_out_of_memory,
+            num_started_tokens=num_started_tokens,
+            num_cached_tokens=num_cached_tokens,
+            idle_cached_tokens=self._kv.num_cached * self._kv.block_size,
         )
 
     def _free_kv_tokens(self) -> int:
-        """Counted in whole blocks: with everything reserved (``reserve_output_tokens`` None) no decode ever finds the
-        cache full."""
-        over = 0
+        """Counted in whole blocks, a shared one once: with everything reserved (``reserve_output_tokens`` None) no
+        decode ever finds the cache full."""
+        over = -self._kv.num_shared
         for sequences in (self._batcher.running, self._batcher.preempted):
             for request_id, sequence in sequences.items():
                 needed = max(self._kv.num_held(request_id), self._kv.blocks_for(sequence.num_tokens))
@@ -408,6 +421,7 @@ def make_engine(
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=max_model_len,
         preempt_gap=preempt_gap,
+        prefix_cache=_key_maker(config, kv.block_size),
     )
     return Engine(
         batcher,
@@ -436,7 +450,7 @@ def make_runner(loaded: LoadedModel, config: EngineConfig) -> tuple[Runner, KVBl
     num_blocks = num_tokens // block_size
     if num_blocks < 1:
         raise ConfigError(f"the KV cache holds less than one block of {block_size} tokens: raise kv_cache_tokens")
-    kv = KVBlocks(num_blocks, block_size, num_lanes=config.max_num_seqs)
+    kv = KVBlocks(num_blocks, block_size, num_lanes=config.max_num_seqs, shares=attention_class.shares_blocks)
     try:
         # One block more than requests get: the runner's own, to see whether the model is sound.
         cache = attention_class(kv.capacity_tokens + block_size, block_size, loaded.dtype, loaded.device)
@@ -463,3 +477,10 @@ def follow(model: str, config: EngineConfig, rank: shards.Rank, num_threads: int
     shards.join(rank)
     runner, _, _ = make_runner(load_model(model, config), config)
     shards.follow(runner)
+
+
+def _key_maker(config: EngineConfig, block_size: int) -> KeyMaker | None:
+    """With a secret of this engine: what it holds in its cache cannot be guessed from outside."""
+    if not config.prefix_cache:
+        return None
+    return KeyMaker(secrets.token_bytes(32), config.prefix_cache_scope, block_size)

@@ -43,3 +43,9 @@ class StepEvents:
     """Requests that the model failed on."""
     num_out_of_memory: int = 0
     """1 for a step that ran out of memory: nothing was computed, and the next one is smaller."""
+    num_started_tokens: int = 0
+    """Prompt tokens of the requests that started with this step."""
+    num_cached_tokens: int = 0
+    """Those of them that the prefix cache held."""
+    idle_cached_tokens: int = 0
+    """Tokens in blocks that nobody holds and that a new request may find its beginning in."""

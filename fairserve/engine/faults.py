@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
-from fairserve.engine.batching import Chunk, StepPlan
+from fairserve.engine.batching import StepPlan
 from fairserve.engine.sampling import Sampled, Sampler
 
 logger = logging.getLogger(__name__)
@@ -45,8 +46,12 @@ class StepRunner(Protocol):
         """Does the model still compute a prompt of our own?"""
         ...
 
-    def scrub(self, chunk: Chunk) -> None:
-        """Clear the KV slots of a request that failed."""
+    def copy(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy KV blocks (source, destination), as if all were read before any is written."""
+        ...
+
+    def scrub(self, blocks: Sequence[int]) -> None:
+        """Clear the KV blocks of a request that failed."""
         ...
 
     def release_memory(self) -> None:

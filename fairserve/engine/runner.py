@@ -82,9 +82,21 @@ class Runner:
         return logits if self._selects_rows else logits[kept]
 
     @torch.inference_mode()
-    def scrub(self, chunk: Chunk) -> None:
-        """Clear the KV slots of a request that failed: NaN left there would leak into padded batches."""
-        span = Span(0, 0, len(chunk.block_table) * self._block_size, None, chunk.block_table)
+    def copy(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy KV blocks (source, destination), as if all were read before any is written."""
+        size = self._block_size
+        runs: list[tuple[int, int, int]] = []
+        for source, block in sorted(copies):
+            if runs and (source * size, block * size) == (runs[-1][0] + runs[-1][2], runs[-1][1] + runs[-1][2]):
+                runs[-1] = (*runs[-1][:2], runs[-1][2] + size)
+            else:
+                runs.append((source * size, block * size, size))
+        self._cache.copy(runs)
+
+    @torch.inference_mode()
+    def scrub(self, blocks: Sequence[int]) -> None:
+        """Clear the KV blocks of a request that failed: NaN left there would leak into padded batches."""
+        span = Span(0, 0, len(blocks) * self._block_size, None, tuple(blocks))
         self._cache.scrub(self._tensor(list(slots_of(span, self._block_size))))
 
     @torch.inference_mode()

@@ -82,8 +82,11 @@ class ShardedRunner(Runner):
     def forward(self, chunks: Sequence[Chunk], num_decodes: int) -> Tensor:
         return self._together("forward", super().forward, tuple(chunks), num_decodes)
 
-    def scrub(self, chunk: Chunk) -> None:
-        self._together("scrub", super().scrub, chunk)
+    def copy(self, copies: Sequence[tuple[int, int]]) -> None:
+        self._together("copy", super().copy, tuple(copies))
+
+    def scrub(self, blocks: Sequence[int]) -> None:
+        self._together("scrub", super().scrub, tuple(blocks))
 
     def release_memory(self) -> None:
         self._together("release_memory", super().release_memory)

@@ -74,6 +74,7 @@ class Ledger:
 
     num_input: dict[str, int] = field(default_factory=dict)
     num_output: dict[str, int] = field(default_factory=dict)
+    num_cached: dict[str, int] = field(default_factory=dict)
     is_received: set[str] = field(default_factory=set)
     is_started: set[str] = field(default_factory=set)
     is_finished: set[str] = field(default_factory=set)
@@ -87,6 +88,7 @@ class Ledger:
         assert request_id in self.is_received - self.is_started - self.is_finished, "started twice or unknown"
         self.is_started.add(request_id)
         self.num_input[request_id] = num_input
+        self.num_cached[request_id] = num_cached
 
     def output(self, request_id: str, num_tokens: int) -> None:
         assert request_id in self.is_started - self.is_finished

@@ -13,6 +13,7 @@ from fairserve.engine.batching import Batcher, StepPlan
 from fairserve.engine.engine import Engine
 from fairserve.engine.events import Limits
 from fairserve.engine.kv_blocks import KVBlocks
+from fairserve.engine.prefix_cache import KeyMaker
 from fairserve.engine.request import RequestOutput
 from fairserve.engine.sampling import Sampled, Sampler
 from tests.engine.support import EOS, FifoQueue, Ledger, drive, prompt_of, request
@@ -46,21 +47,33 @@ class FakeRunner:
     def release_memory(self) -> None:
         pass
 
-    def scrub(self, chunk: Any) -> None:
+    def copy(self, copies: Any) -> None:
+        pass
+
+    def scrub(self, blocks: Any) -> None:
         pass
 
 
 class Engines(RuleBasedStateMachine):
-    """Random adds, aborts, failures and steps on an engine whose cache is too small for its slots."""
+    """Random adds, aborts, failures and steps on an engine whose cache is too small for its slots. All prompts begin
+    alike."""
+
+    shares = False
 
     def __init__(self) -> None:
         super().__init__()
         self.queue = FifoQueue({"a": 2.0, "b": 1.0})
         self.ledger = Ledger()
         self.runner = FakeRunner()
-        self.kv = KVBlocks(_CAPACITY_BLOCKS, _BLOCK, _SLOTS)
+        self.kv = KVBlocks(_CAPACITY_BLOCKS, _BLOCK, _SLOTS, shares=self.shares)
         batcher = Batcher(
-            self.kv, self.queue, self.ledger, max_num_seqs=_SLOTS, max_num_batched_tokens=10, max_model_len=40
+            self.kv,
+            self.queue,
+            self.ledger,
+            max_num_seqs=_SLOTS,
+            max_num_batched_tokens=10,
+            max_model_len=40,
+            prefix_cache=KeyMaker(b"secret", "client", _BLOCK),
         )
         self.engine = Engine(
             batcher,
@@ -128,13 +141,22 @@ class Engines(RuleBasedStateMachine):
             usage = outputs[-1].usage
             assert usage.num_output == self.ledger.num_output[name] == sum(len(o.token_ids) for o in outputs)
             assert usage.num_input == self.ledger.num_input[name]
+            assert usage.num_cached == self.ledger.num_cached.get(name, 0) <= usage.num_input
             is_bad = name in self.runner.nan | self.runner.raises
             assert (outputs[-1].finish_reason == "error") <= is_bad, "a neighbour paid for it"
         assert self.ledger.is_finished == self.ledger.is_received == self.outputs.keys()
 
 
-Engines.TestCase.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+class SharingEngines(Engines):
+    """The same with blocks that several requests hold."""
+
+    shares = True
+
+
+Engines.TestCase.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+SharingEngines.TestCase.settings = settings(max_examples=75, stateful_step_count=30, deadline=None)
 TestEngines = Engines.TestCase
+TestSharingEngines = SharingEngines.TestCase
 
 
 @settings(max_examples=25, deadline=None)

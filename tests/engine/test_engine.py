@@ -201,7 +201,7 @@ def test_step_counts_what_it_computed(llama):
     driver = drive(llama, max_num_batched_tokens=12)
     driver.add(request("a", prompt_of(4), ignore_eos=True))
     driver.step()
-    driver.add(request("b", prompt_of(30)))
+    driver.add(request("b", prompt_of(30, 1)))
     events = driver.step()
     assert (events.num_decode_tokens, events.num_prefill_tokens, events.resident_tokens) == (1, 11, 16)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -373,7 +373,8 @@ class ScriptedRunner:
         return True
 
     def release_memory(self) -> None: ...
-    def scrub(self, chunk: Chunk) -> None: ...
+    def copy(self, copies: Sequence[tuple[int, int]]) -> None: ...
+    def scrub(self, blocks: Sequence[int]) -> None: ...
 
 
 _FAULT = st.tuples(st.integers(0, 5), st.integers(1, 30), st.sampled_from(["raise", "nan", "memory"]))
