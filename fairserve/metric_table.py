@@ -258,6 +258,19 @@ ENGINE_SLOTS = _gauge("engine_slots", "requests", "requests that may run at the 
 KV_RESIDENT = _gauge("engine_kv_resident_tokens", "tokens", "tokens whose keys and values are in the cache", "replica")
 KV_FREE = _gauge("engine_kv_free_tokens", "tokens", "tokens neither held nor reserved; may be negative", "replica")
 KV_CAPACITY = _gauge("engine_kv_capacity_tokens", "tokens", "tokens that the KV cache holds", "replica")
+KV_CACHED = _gauge(
+    "engine_kv_cached_tokens",
+    "tokens",
+    "tokens of finished requests that a new one may find; their room is free",
+    "replica",
+)
+PROMPT_TOKENS = _counter(
+    "engine_prompt_tokens",
+    "tokens",
+    "prompt tokens of requests that start; kind: cached (found in the prefix cache) or uncached",
+    "replica",
+    "kind",
+)
 STEP_TIME = _histogram("engine_step_seconds", STEP_S, "time of one engine step", "replica")
 ENGINE_TOKENS = _counter(
     "engine_tokens",

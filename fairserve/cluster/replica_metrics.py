@@ -47,6 +47,7 @@ class ReplicaMetrics:
         self._steps_s: list[float] = []
         self._num_prefill = self._num_decode = self._num_preempted = 0
         self._num_failed = self._num_out_of_memory = 0
+        self._num_started = self._num_cached = 0
         self._num_computed = self._num_reported = self._num_merged = 0
 
     def took(self, events: StepEvents) -> None:
@@ -57,6 +58,8 @@ class ReplicaMetrics:
             self._num_prefill += num_prefill
             self._num_decode += num_decode
             self._num_computed += num_prefill + num_decode
+        self._num_started += events.num_started_tokens
+        self._num_cached += events.num_cached_tokens
         self._num_preempted += events.num_preempted
         self._num_failed += events.num_failed
         self._num_out_of_memory += events.num_out_of_memory
@@ -81,9 +84,12 @@ class ReplicaMetrics:
         set_(table.KV_RESIDENT, newest.resident_tokens)
         set_(table.KV_FREE, newest.free_kv_tokens)
         set_(table.KV_CAPACITY, limits.kv_capacity_tokens)
+        set_(table.KV_CACHED, newest.idle_cached_tokens)
         set_(table.UNMERGED_TOKENS, self._num_computed - self._num_merged)
         self._sink.add(table.ENGINE_TOKENS, self._num_prefill, kind="prefill")
         self._sink.add(table.ENGINE_TOKENS, self._num_decode, kind="decode")
+        self._sink.add(table.PROMPT_TOKENS, self._num_cached, kind="cached")
+        self._sink.add(table.PROMPT_TOKENS, self._num_started - self._num_cached, kind="uncached")
         self._sink.add(table.ENGINE_PREEMPTIONS, self._num_preempted)
         self._sink.add(table.ENGINE_FAILED, self._num_failed)
         self._sink.add(table.ENGINE_OUT_OF_MEMORY, self._num_out_of_memory)
@@ -92,3 +98,4 @@ class ReplicaMetrics:
         self._steps_s.clear()
         self._num_prefill = self._num_decode = self._num_preempted = 0
         self._num_failed = self._num_out_of_memory = 0
+        self._num_started = self._num_cached = 0

@@ -44,6 +44,7 @@ def _glance() -> tuple[Panel, ...]:
 
 def _engine() -> tuple[Panel, ...]:
     capacity = value(table.KV_CAPACITY, "replica")
+    started = rate(table.PROMPT_TOKENS, "replica")
     return (
         lines("Replicas by state", [Query(value(table.REPLICAS, "state"), "{{state}}")], width=8),
         lines("Routers", [Query(value(table.ROUTERS), "routers")], width=8),
@@ -60,6 +61,7 @@ def _engine() -> tuple[Panel, ...]:
                 Query(
                     one_minus(value(table.KV_FREE, "replica") / capacity), "{{replica}} with reserved", is_dashed=True
                 ),
+                Query(value(table.KV_CACHED, "replica") / capacity, "{{replica}} keeps to be found again"),
             ],
             note="Above 100 % reserved, a replica has promised more than it has and may preempt.",
         ),
@@ -79,13 +81,21 @@ def _engine() -> tuple[Panel, ...]:
             empty_until="a running request is put back",
         ),
         lines(
+            "Prompt tokens found in the prefix cache",
+            [Query(rate(table.PROMPT_TOKENS, "replica", where='kind="cached"') / started, "{{replica}}")],
+            width=8,
+            empty_until="a request starts",
+        ),
+        lines(
             "Requests that the model failed on per second",
             [Query(rate(table.ENGINE_FAILED, "replica"), "{{replica}}")],
+            width=8,
             empty_until="the model fails on a request",
         ),
         lines(
             "Steps without memory per second",
             [Query(rate(table.ENGINE_OUT_OF_MEMORY, "replica"), "{{replica}}")],
+            width=8,
             empty_until="a step runs out of memory",
         ),
     )

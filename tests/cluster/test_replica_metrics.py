@@ -34,12 +34,15 @@ def test_steps_are_counted_at_once_and_handed_on_once_an_interval(sink: Recorded
     for _ in range(3):
         metrics.took(step(num_prefill=100, num_decode=2, num_preempted=1))
     metrics.took(replace(step(), num_failed=2, num_out_of_memory=1))
+    metrics.took(replace(step(), num_started_tokens=300, num_cached_tokens=192))
     metrics.export(step(), 0.9)
     assert sink.counters == {}
     metrics.export(step(), 1.0)
     assert sink.counters == {
         ("fairserve_engine_tokens", "prefill"): 300,
         ("fairserve_engine_tokens", "decode"): 6,
+        ("fairserve_engine_prompt_tokens", "cached"): 192,
+        ("fairserve_engine_prompt_tokens", "uncached"): 108,
         ("fairserve_engine_preemptions",): 3,
         ("fairserve_engine_failed_requests",): 2,
         ("fairserve_engine_out_of_memory",): 1,
@@ -50,7 +53,7 @@ def test_steps_are_counted_at_once_and_handed_on_once_an_interval(sink: Recorded
 
 
 def test_the_state_of_the_engine_is_that_after_its_newest_step(sink: RecordedMetrics) -> None:
-    ReplicaMetrics(sink, LIMITS, 1.0, now_s=0.0).export(step(), 0.0)
+    ReplicaMetrics(sink, LIMITS, 1.0, now_s=0.0).export(replace(step(), idle_cached_tokens=64), 0.0)
     assert {name[0].removeprefix("fairserve_"): value for name, value in sink.gauges.items()} == {
         "engine_running": 2,
         "engine_waiting": 1,
@@ -58,6 +61,7 @@ def test_the_state_of_the_engine_is_that_after_its_newest_step(sink: RecordedMet
         "engine_kv_resident_tokens": 300,
         "engine_kv_free_tokens": 600,
         "engine_kv_capacity_tokens": 1000,
+        "engine_kv_cached_tokens": 64,
         "unmerged_tokens": 0,
     }
 
