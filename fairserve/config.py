@@ -236,12 +236,14 @@ class EngineConfig(Strict):
     """auto: the model's own type on a GPU, float32 on a CPU."""
     attention: Literal["auto", "sdpa", "xformers"] = "auto"
     """auto: xformers on CUDA where it is installed, else torch's scaled dot product attention."""
-    cpu_linear: Literal["auto", "eager", "packed"] = "auto"
-    """CPU only. packed: oneDNN-packed weights, with q, k, v and gate, up fused where the model has them.
-    auto: packed where it works, else eager."""
+    cpu_linear: Literal["auto", "eager", "packed", "fused", "int8"] = "auto"
+    """CPU only. packed: oneDNN-packed weights, with q, k, v and gate, up fused where the model has them. fused: packed,
+    and all between the products in few operations too (Llama, Mistral, Qwen2, Qwen3 in float32). int8: fused, with
+    weights of 8 bits: faster, and answers differ. auto: fused where the model is one of these, else packed where it
+    works, else eager."""
     tensor_parallel_size: PositiveInt = 1
     """Processes over which one replica spreads its model, each with `num_cpus_per_replica` and `num_gpus_per_replica`,
-    all on one node. It must divide the model's attention heads and KV heads."""
+    all on one node. It must divide the model's attention heads and KV heads. Above 1, cpu_linear is eager."""
     max_model_len: PositiveInt | None = None
     """Tokens of prompt and output together that one request may hold. null: the model's own context length."""
     max_num_seqs: PositiveInt = 16
@@ -266,6 +268,16 @@ class EngineConfig(Strict):
     """GPU only: part of the memory used for weights and KV cache together."""
     num_threads: PositiveInt | None = None
     """Torch threads of one replica on a CPU. null: cores of the machine / num_replicas, at least 1."""
+    cpu_nice: Annotated[int, Field(ge=0, le=19)] = 0
+    """CPU only: added to the niceness of the threads that compute, so that proxy, routers and counter actor on the same
+    machine need not wait behind them. Linux."""
+    max_step_s: PositiveFloat | None = None
+    """Seconds that a step with running streams should take at most: fewer prompt tokens are computed beside them where
+    measured step times say so, at least 16. Shorter gaps between tokens for a longer wait for the first. null: as many
+    as max_num_batched_tokens allows."""
+    step_timeout_s: PositiveFloat | None = 300.0
+    """Seconds after which a step counts as stuck: the replica fails its health check, Serve replaces it, and its requests
+    fail. null: never."""
     seed: int = 0
     """Seed for requests that bring none; the k-th such request of a replica gets seed + k."""
     trust_remote_code: bool = False

@@ -326,7 +326,7 @@ class ModelReplica:
 
         from fairserve.engine.engine import build_engine
         from fairserve.engine.loop import EngineLoop
-        from fairserve.engine.sizing import num_threads
+        from fairserve.engine.sizing import num_threads, uses_gpu
 
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         args = FairServeArgs.model_validate_json(args_json)
@@ -355,7 +355,14 @@ class ModelReplica:
         metrics = deployment_metrics(args.metrics, args.counter.name)
         tracer = make_tracing(args.tracing)
         self._core = ReplicaCore(name, engine.limits, book, transport, args, clock, metrics, tracer)
-        self._core.start(EngineLoop(engine, self._core.on_step))
+        loop = EngineLoop(
+            engine,
+            self._core.on_step,
+            clock=clock,
+            step_timeout_s=args.engine.step_timeout_s,
+            nice=0 if uses_gpu(args.engine) else args.engine.cpu_nice,
+        )
+        self._core.start(loop)
 
     async def generate(
         self,

@@ -71,9 +71,16 @@ class SdpaAttention(LayerCaches):
 
     def __init__(self, num_slots: int, block_size: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(num_slots, block_size, dtype, device)
+        self._both: dict[int, Tensor] = {}
+        """Keys and values of a layer as one tensor, where they are alike: ``[2 kv_heads, slots, dim]``."""
         self._readings: dict[int | None, list[_Reading]] = {}
 
     def allocate(self, layer: int, kv_heads: int, key_dim: int, value_dim: int) -> None:
+        if key_dim == value_dim:
+            both = zeros_on_touch((2 * kv_heads, self._num_slots, key_dim), self._dtype, self._device)
+            self._both[layer] = both
+            self._keys[layer], self._values[layer] = both[:kv_heads], both[kv_heads:]
+            return
         for cache, dim in ((self._keys, key_dim), (self._values, value_dim)):
             cache[layer] = zeros_on_touch((kv_heads, self._num_slots, dim), self._dtype, self._device)
 
@@ -109,6 +116,38 @@ class SdpaAttention(LayerCaches):
                 parts.append(out.flatten(0, 1).transpose(0, 1))
         result = parts[0] if len(parts) == 1 else torch.cat(parts)
         return result.reshape(1, num_rows, heads, -1)
+
+    def attend_rows(self, layer: int, rows: Tensor, heads: int, scale: float, window: int | None) -> Tensor:
+        """:meth:`attend` for a decoder that lays its rows out as the cache likes it.
+
+        ``rows`` ``[T, heads + 2 kv_heads, dim]``: queries, keys, values, with query head ``g * kv_heads + k`` reading
+        KV head k. Returns ``[T, heads * dim]`` in that order of the heads.
+        """
+        layout = self._layout
+        assert layout is not None, "attend before begin"
+        self._both[layer].index_copy_(1, layout.slots, rows[:, heads:].transpose(0, 1))
+        keys, values = self._keys[layer], self._values[layer]
+        readings = self._readings.get(window)
+        if readings is None:
+            readings = self._readings[window] = self._plan_readings(layout, window)
+        num_rows, kv_heads = rows.shape[0], keys.shape[0]
+        queries = rows[:, :heads].unflatten(1, (-1, kv_heads))  # [T, group, kv_heads, dim]
+        parts = []
+        for reading in readings:
+            q = queries[reading.row : reading.row + reading.rows]
+            k, v = _view(keys, reading), _view(values, reading)
+            if reading.rows == reading.sequences:
+                q = q.transpose(1, 2)  # a sequence: [kv_heads, group, dim]
+                out = functional.scaled_dot_product_attention(q, k, v, attn_mask=reading.mask, scale=scale)
+                parts.append(out.transpose(1, 2).reshape(reading.rows, -1))
+            else:
+                group = queries.shape[1]
+                q, k, v = q.permute(1, 2, 0, 3), k.expand(group, -1, -1, -1), v.expand(group, -1, -1, -1)
+                out = functional.scaled_dot_product_attention(
+                    q, k, v, attn_mask=reading.mask, is_causal=reading.causal, scale=scale
+                )
+                parts.append(out.permute(2, 0, 1, 3).reshape(reading.rows, -1))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _plan_readings(self, layout: StepLayout, window: int | None) -> list[_Reading]:
         """Cut a step into SDPA calls; the same for all layers with this window."""
@@ -180,4 +219,6 @@ def _view(cache: Tensor, reading: _Reading) -> Tensor:
         return cache.index_select(1, reading.index).unsqueeze(0)
     heads, num_slots, dim = cache.shape
     size = (reading.sequences, heads, reading.length, dim)
-    return cache.as_strided(size, (reading.stride * dim, num_slots * dim, dim, 1), reading.first * dim)
+    return cache.as_strided(
+        size, (reading.stride * dim, num_slots * dim, dim, 1), cache.storage_offset() + reading.first * dim
+    )

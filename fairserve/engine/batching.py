@@ -131,6 +131,7 @@ class Batcher:
         max_num_batched_tokens: int,
         max_model_len: int,
         preempt_gap: float | None = None,
+        max_step_s: float | None = None,
         cached_tokens: Callable[[GenerateRequest], int] | None = None,
         prefix_cache: KeyMaker | None = None,
     ) -> None:
@@ -142,7 +143,7 @@ class Batcher:
         self._queue = queue
         self._account = account
         self._max_num_seqs = max_num_seqs
-        self._budget = StepBudget(max_num_batched_tokens, max_num_seqs)
+        self._budget = StepBudget(max_num_batched_tokens, max_num_seqs, max_step_s)
         self._max_model_len = max_model_len
         self._preempt_gap = preempt_gap
         self._cached_tokens = cached_tokens
@@ -185,7 +186,7 @@ class Batcher:
         for sequence in self._running.values():
             is_decode = sequence.num_computed > 0 and sequence.num_pending == 1
             (decodes if is_decode else prefills).append(sequence)
-        budget = self._budget.tokens - len(decodes)
+        budget = self._budget.prompt_tokens(len(decodes))
         chunks = []
         for sequence in prefills:
             if budget <= 0:

@@ -1,7 +1,11 @@
-"""How much one step may hold: what was configured, less where memory ran out."""
+"""How much one step may hold: what was configured, less where memory ran out or time would."""
 
 from __future__ import annotations
 
+from fairserve.engine.pace import Pace
+
+LEAST_PROMPT_TOKENS = 16
+"""Of a step that would take longer than it should whatever it holds: prompts go on, however slowly."""
 PATIENCE_STEPS, MAX_PATIENCE_STEPS = 100, 6400
 
 
@@ -14,13 +18,27 @@ class StepBudget:
     every ``MAX_PATIENCE_STEPS``), because trying in vain costs a step.
     """
 
-    def __init__(self, max_tokens: int, max_requests: int) -> None:
+    def __init__(self, max_tokens: int, max_requests: int, max_step_s: float | None = None) -> None:
+        """``max_step_s``: what a step with decodes in it should take at most; None: no limit."""
         # All decodes go first; with fewer tokens than requests some of them would starve.
         self.max_tokens = self.tokens = max(max_tokens, max_requests)
         self.max_requests = self.requests = max_requests
         self._wait_steps, self._next_wait_steps = 0, PATIENCE_STEPS
         self._num_well = 0
         self._is_new_shortage = True
+        self._max_step_s = max_step_s
+        self._pace = Pace()
+
+    def prompt_tokens(self, num_decodes: int) -> int:
+        """Prompt tokens that a step may hold beside ``num_decodes``; without decodes nobody waits for its end."""
+        room = self.tokens - num_decodes
+        if self._max_step_s is None or num_decodes == 0:
+            return room
+        return int(min(room, max(self._pace.tokens_within(self._max_step_s), LEAST_PROMPT_TOKENS)))
+
+    def took(self, num_prompt_tokens: int, step_s: float) -> None:
+        """How long a step was."""
+        self._pace.saw(num_prompt_tokens, step_s)
 
     @property
     def least_tokens(self) -> int:

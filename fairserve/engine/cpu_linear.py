@@ -8,7 +8,7 @@ Products over the same input become one: q, k, v; gate, up.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Sibling linears that transformers' models apply to one and the same input."""
+_PRODUCT = torch.ops.mkldnn._linear_pointwise
 
 
 class PackedLinear(nn.Module):
@@ -26,11 +27,29 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         # Plain attributes: a packed tensor is opaque and can be no parameter.
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
-        self._bias = None if bias is None else bias.detach().clone()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
+        self.bias = None if bias is None else bias.detach().clone()
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+        y: Tensor = _PRODUCT.default(x, self.packed, self.bias, "none", [], "")
+        return y
+
+    def plus(self, x: Tensor, other: Tensor) -> Tensor:
+        """The product plus ``other``, of the same shape."""
+        y: Tensor = _PRODUCT.binary(x, other, self.packed, self.bias, "add")
+        return y
+
+
+class PackedGate(nn.Module):
+    """``silu(x @ gate.T) * (x @ up.T)``, SiLU and the multiplication inside the products."""
+
+    def __init__(self, gate: Tensor, gate_bias: Tensor | None, up: Tensor, up_bias: Tensor | None) -> None:
+        super().__init__()
+        self._gate, self._up = PackedLinear(gate, gate_bias), PackedLinear(up, up_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = _PRODUCT.default(x, self._gate.packed, self._gate.bias, "swish", [], "")
+        y: Tensor = _PRODUCT.binary(x, gate, self._up.packed, self._up.bias, "mul")
         return y
 
 
@@ -96,7 +115,7 @@ def pack(model: nn.Module) -> int:
             if _is_plain(child) or isinstance(child, Conv1D):
                 weight = child.weight.T if isinstance(child, Conv1D) else child.weight
                 setattr(parent, name, PackedLinear(weight, child.bias))
-                _release([child], kept)
+                release([child], kept)
                 num_packed += 1
     return num_packed
 
@@ -117,10 +136,10 @@ def _fuse(parent: nn.Module, names: Sequence[str], linears: Sequence[nn.Linear],
     fused = _Fused(PackedLinear(weight, bias), sizes)
     for index, (name, linear) in enumerate(zip(names, linears, strict=True)):
         setattr(parent, name, FusedPart(fused, index, linear.in_features, linear.out_features))
-    _release(linears, kept)
+    release(linears, kept)
 
 
-def _release(modules: Sequence[nn.Module], kept: set[int]) -> None:
+def release(modules: Iterable[nn.Module], kept: Collection[int]) -> None:
     """Free the originals now, whoever else still refers to the modules; shared parameters stay."""
     for module in modules:
         for parameter in module.parameters():

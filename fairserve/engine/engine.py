@@ -162,14 +162,18 @@ class Engine:
         except Exception as error:
             logger.exception("the engine is broken")
             self.break_off(str(error) or type(error).__name__)
+        step_s = self._clock.now_s() - began_s
+        num_prefill_tokens = sum(len(chunk.token_ids) for chunk in plan.prefills)
+        if plan:
+            self._batcher.budget.took(num_prefill_tokens, step_s)
         return self._events(
-            num_prefill_tokens=sum(len(chunk.token_ids) for chunk in plan.prefills),
+            num_prefill_tokens=num_prefill_tokens,
             num_decode_tokens=len(plan.decodes),
             num_preempted=plan.num_preempted,
             num_out_of_memory=int(result.out_of_memory is not None),
             num_started_tokens=planned.num_started_tokens,
             num_cached_tokens=planned.num_cached_tokens,
-            step_s=self._clock.now_s() - began_s,
+            step_s=step_s,
         )
 
     def idle_events(self) -> StepEvents:
@@ -421,6 +425,7 @@ def make_engine(
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=max_model_len,
         preempt_gap=preempt_gap,
+        max_step_s=config.max_step_s,
         prefix_cache=_key_maker(config, kv.block_size),
     )
     return Engine(

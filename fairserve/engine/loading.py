@@ -15,9 +15,14 @@ from transformers.utils import logging as hf_logging
 
 from fairserve.config import EMBEDDED_MODEL, EngineConfig
 from fairserve.engine import cpu_linear, model_check
+from fairserve.engine.fused_decoder import FLOAT32, INT8, FusedDecoder, can_fuse
 from fairserve.errors import ModelError
 
 logger = logging.getLogger(__name__)
+
+_SIMPLER = {"packed": "eager", "fused": "packed", "int8": "fused"}
+_INT8_TOLERANCE = 0.3
+"""Of the largest logit: what is broken is off by more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +104,11 @@ def prepare_model(
     weight = model.get_input_embeddings().weight
     device, dtype = weight.device, weight.dtype
     layers = model_check.check_model(model, name, device, dtype)
+    served = model
     if device.type == "cpu" and config.cpu_linear != "eager" and config.tensor_parallel_size == 1:
-        _pack(model, config, name, device, dtype)
+        served = _pack(model, config, name, device, dtype)
     return LoadedModel(
-        model=model,
+        model=served,
         tokenizer=tokenizer,
         eos_token_ids=frozenset(_eos(model, tokenizer)),
         max_context=_max_context(model),
@@ -124,16 +130,27 @@ def _parts(model: str, config: EngineConfig) -> dict[str, Any]:
     return {"distributed_config": DistributedConfig(tp_size=config.tensor_parallel_size)}
 
 
-def _pack(model: Any, config: EngineConfig, name: str, device: torch.device, dtype: torch.dtype) -> None:
+def _pack(model: Any, config: EngineConfig, name: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """The model with the fastest products of those that were asked for; ``model`` itself or what takes its place."""
+    wanted = config.cpu_linear
     if not (cpu_linear.can_pack() and dtype in (torch.float32, torch.bfloat16)):
-        if config.cpu_linear == "packed":
-            raise ModelError(name, f"cpu_linear 'packed' does not work for {dtype} with this torch: use 'eager'")
+        if wanted != "auto":
+            raise ModelError(name, f"cpu_linear {wanted!r} does not work for {dtype} with this torch: use 'eager'")
         logger.info("linears stay plain: no oneDNN-packed products for %s with this torch", dtype)
-        return
+        return model
+    if wanted == "auto":
+        wanted = "fused" if can_fuse(model) else "packed"
+    elif wanted != "packed" and not can_fuse(model):
+        raise ModelError(name, f"cpu_linear {wanted!r} knows no {type(model).__name__} in {dtype}: use 'auto'")
     before = model_check.serve_again(model, device, dtype)
-    cpu_linear.pack(model)
-    complaint = "packed weights compute something else; set cpu_linear to 'eager'"
-    model_check.require_equal(before, model_check.serve_again(model, device, dtype), name, dtype, complaint)
+    if wanted == "packed":
+        cpu_linear.pack(model)
+    else:
+        model = FusedDecoder(model, INT8 if wanted == "int8" else FLOAT32)
+    after = model_check.serve_again(model, device, dtype)
+    complaint = f"{wanted} weights compute something else; set cpu_linear to {_SIMPLER[wanted]!r}"
+    model_check.require_equal(before, after, name, dtype, complaint, _INT8_TOLERANCE if wanted == "int8" else None)
+    return model
 
 
 def _locate(model: str) -> str:

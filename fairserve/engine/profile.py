@@ -24,7 +24,7 @@ from fairserve.dispatch.replica_book import LocalBook
 from fairserve.engine.engine import Engine, build_engine
 from fairserve.engine.events import Limits
 from fairserve.engine.request import GenerateRequest, SamplingParams
-from fairserve.engine.sizing import num_threads
+from fairserve.engine.sizing import num_threads, uses_gpu
 from fairserve.errors import ConfigError, ReplicaFailed
 from fairserve.fairness.baselines import Fcfs
 from fairserve.fairness.cost import WeightedTokens
@@ -88,7 +88,7 @@ def profile_engine(args: FairServeArgs, clock: Clock, max_s: float = MAX_S) -> M
         engine=_engine_facts(args.engine, engine.limits, threads),
         machine={
             "processor": _processor(),
-            "accelerator": torch.cuda.get_device_name() if _on_gpu(args.engine) else None,
+            "accelerator": torch.cuda.get_device_name() if uses_gpu(args.engine) else None,
             "cores": len(os.sched_getaffinity(0)),
             "load_1_min_before": round(load, 2),
             "load_1_min_after": round(os.getloadavg()[0], 2),
@@ -250,11 +250,7 @@ def _engine_facts(config: EngineConfig, limits: Limits, num_threads: int) -> dic
     facts = {name: getattr(config, name) for name in RECORDED}
     for name in ("max_model_len", "kv_capacity_tokens", "max_num_seqs", "block_size"):
         facts[name] = getattr(limits, name)
-    return facts | {"num_threads": None if _on_gpu(config) else num_threads}
-
-
-def _on_gpu(config: EngineConfig) -> bool:
-    return config.device != "cpu" and torch.cuda.is_available()
+    return facts | {"num_threads": None if uses_gpu(config) else num_threads}
 
 
 def _processor() -> str:

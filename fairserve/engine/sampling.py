@@ -78,8 +78,7 @@ class Sampler:
     def sample(self, logits: Tensor, request_ids: Sequence[str], draws: Sequence[bool]) -> dict[str, Sampled | None]:
         """One token per row of ``logits`` [R, vocabulary] that draws, None for the others; a row that is not finite is
         left out. Changes no state when it raises."""
-        highest, best = logits.max(dim=-1)  # NaN and inf both show in the maximum
-        tokens = torch.where(torch.isfinite(highest), best, -1).tolist()  # one copy from the device
+        tokens = _best(logits)
         sampled: dict[str, Sampled | None] = {request_ids[i]: None for i, token in enumerate(tokens) if token >= 0}
         drawn = [i for i, token in enumerate(tokens) if token >= 0 and draws[i]]
         rows = [self._rows[request_ids[i]] for i in drawn]
@@ -93,6 +92,17 @@ class Sampler:
             row.take(one.token_id)
             sampled[request_ids[i]] = one
         return sampled
+
+
+def _best(logits: Tensor) -> list[int]:
+    """The token of the highest logit in each row, -1 where it is not finite: NaN and inf both show in the maximum."""
+    if logits.device.type == "cpu" and logits.dtype == torch.float32:
+        best = torch.from_numpy(logits.numpy().argmax(axis=-1))  # torch's own takes 4 to 20 times as long on a CPU
+        highest = logits.gather(1, best.unsqueeze(1)).squeeze(1)
+    else:
+        highest, best = logits.max(dim=-1)
+    tokens: list[int] = torch.where(torch.isfinite(highest), best, -1).tolist()  # one copy from the device
+    return tokens
 
 
 def _choose(raw: Tensor, rows: list[_Row]) -> list[Sampled]:

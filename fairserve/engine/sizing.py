@@ -89,3 +89,7 @@ def num_threads(args: FairServeArgs) -> int:
     """Torch threads of one process on a CPU: the configured number, else its share of this machine's cores."""
     num_processes = args.num_replicas * args.engine.tensor_parallel_size
     return args.engine.num_threads or max(1, len(os.sched_getaffinity(0)) // num_processes)
+
+
+def uses_gpu(config: EngineConfig) -> bool:
+    return config.device != "cpu" and torch.cuda.is_available()

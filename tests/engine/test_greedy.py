@@ -25,7 +25,7 @@ def loaded(kind: str, cpu_linear: str) -> Any:
     return prepare(tiny(kind), cpu_linear)
 
 
-@pytest.mark.parametrize("cpu_linear", ["eager", "packed"])
+@pytest.mark.parametrize("cpu_linear", ["eager", "packed", "auto"])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gpt2", "mistral"])
 @pytest.mark.parametrize(
     "changes",

@@ -1,0 +1,172 @@
+"""Llama-like decoders on a CPU in few operations: at small batches the operations between the products cost as much time
+as a third of the products themselves (some 2 us each, 50 of them a layer as transformers writes them; here 16).
+
+The arithmetic is the model's own; weights are rearranged when it is built, so that work disappears:
+
+- RMSNorm's weight and its sqrt(n) are multiplied into the weights of the products that follow: x / hypot(|x|, sqrt(n eps))
+  is all that is left of it.
+- The rows of q and k are reordered so that the two numbers that rotary positions turn lie side by side: turning is one
+  complex multiplication, in place, for q and k together. Keys lie in the cache in that order; scores do not see it.
+- Query heads that share a KV head lie ``kv_heads`` apart instead of side by side, and o's columns alike: what attention
+  returns for decodes needs no copy.
+- SiLU, the gate and both residual sums are done by oneDNN inside the products.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
+
+from fairserve.engine.attention import Attachment
+from fairserve.engine.attention_sdpa import SdpaAttention
+from fairserve.engine.cpu_linear import PackedGate, PackedLinear, release
+from fairserve.engine.int8_linear import Int8Gate, Int8Linear
+
+_KNOWN = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
+
+
+class Products(NamedTuple):
+    """How matrix products are computed."""
+
+    linear: type[PackedLinear] | type[Int8Linear]
+    gate: type[PackedGate] | type[Int8Gate]
+
+
+FLOAT32 = Products(PackedLinear, PackedGate)
+INT8 = Products(Int8Linear, Int8Gate)
+
+
+class Output(NamedTuple):
+    logits: Tensor
+    """[1, rows, vocabulary]."""
+
+
+def can_fuse(model: nn.Module) -> bool:
+    """Is this a decoder that :class:`FusedDecoder` computes? Adapted and quantised ones are not."""
+    if type(model) not in _KNOWN:
+        return False
+    config: Any = model.config
+    core: Any = model.model
+    linears = [m for name, m in model.named_modules() if name.endswith(("_proj", "lm_head"))]
+    return (
+        config.hidden_act == "silu"
+        and core.embed_tokens.weight.dtype == torch.float32
+        and all(type(linear) is nn.Linear for linear in linears)
+    )
+
+
+class FusedDecoder(nn.Module):
+    """Takes over the weights of ``model``, layer by layer: afterwards the model is empty."""
+
+    def __init__(self, model: Any, kinds: Products) -> None:
+        super().__init__()
+        core = model.model
+        self.embedding = core.embed_tokens
+        self._rotary = core.rotary_emb
+        windows = isinstance(model, MistralForCausalLM) and getattr(model.config, "sliding_window", None)
+        self.layers = nn.ModuleList()
+        for layer in core.layers:
+            self.layers.append(_FusedLayer(layer, windows or getattr(layer.self_attn, "sliding_window", None), kinds))
+            release(layer.modules(), kept=())
+        self._eps, scale = _folded(core.norm)
+        head = model.lm_head
+        self.head = kinds.linear(head.weight * scale, head.bias)
+        if head.weight is not self.embedding.weight:
+            release([head], kept=())
+
+    def get_input_embeddings(self) -> nn.Module:
+        module: nn.Module = self.embedding
+        return module
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, logits_to_keep: Tensor, use_cache: bool) -> Output:
+        """``input_ids``, ``position_ids`` [1, T]; ``logits_to_keep`` [rows], the rows of T to give logits for."""
+        x = self.embedding(input_ids[0])
+        cos, sin = self._rotary(x, position_ids)
+        half = cos.shape[-1] // 2
+        turns = torch.complex(cos[0, :, :half], sin[0, :, :half]).unsqueeze(1)
+        for layer in self.layers:
+            x = layer(x, turns)
+        return Output(self.head(_normed(x[logits_to_keep], self._eps)).unsqueeze(0))
+
+
+class _FusedLayer(nn.Module):
+    fairserve: Attachment
+    """Set by :func:`~fairserve.engine.attention.attach`."""
+
+    def __init__(self, layer: Any, window: int | None, kinds: Products) -> None:
+        super().__init__()
+        linear = kinds.linear
+        attention, mlp = layer.self_attn, layer.mlp
+        self.layer_idx: int = attention.layer_idx
+        self._window = window
+        self._dim: int = attention.head_dim
+        self._scale: float = attention.scaling
+        self._heads = attention.q_proj.out_features // self._dim
+        kv_heads = attention.k_proj.out_features // self._dim
+        self._turned = self._heads + kv_heads
+        group = self._heads // kv_heads
+        # From [kv_heads, group] to [group, kv_heads], and from two halves to pairs.
+        heads = torch.arange(self._heads).view(kv_heads, group).T.flatten()
+        pairs = torch.arange(self._dim).view(2, -1).T.flatten()
+        q_rows = (heads.unsqueeze(1) * self._dim + pairs).flatten()
+        k_rows = (torch.arange(kv_heads).unsqueeze(1) * self._dim + pairs).flatten()
+        o_columns = (heads.unsqueeze(1) * self._dim + torch.arange(self._dim)).flatten()
+        q, k, v, o = (getattr(attention, f"{name}_proj") for name in "qkvo")
+        self._eps, scale = _folded(layer.input_layernorm)
+        weight = torch.cat([q.weight[q_rows], k.weight[k_rows], v.weight]) * scale
+        biases = [q.bias, k.bias, v.bias]
+        bias = None
+        if any(b is not None for b in biases):
+            q_bias, k_bias, v_bias = (
+                m.weight.new_zeros(m.out_features) if m.bias is None else m.bias for m in (q, k, v)
+            )
+            bias = torch.cat([q_bias[q_rows], k_bias[k_rows], v_bias])
+        self._qkv = linear(weight, bias)
+        self._o = linear(o.weight[:, o_columns], o.bias)
+        self._head_norm: Tensor | None = None
+        if hasattr(attention, "q_norm"):
+            self._head_eps, q_scale = _folded(attention.q_norm)
+            _, k_scale = _folded(attention.k_norm)
+            self._head_norm = torch.cat(
+                [q_scale[pairs].expand(self._heads, -1), k_scale[pairs].expand(kv_heads, -1)]
+            ).contiguous()
+        self._mlp_eps, scale = _folded(layer.post_attention_layernorm)
+        gate, up = mlp.gate_proj, mlp.up_proj
+        self._gated = kinds.gate(gate.weight * scale, gate.bias, up.weight * scale, up.bias)
+        self._down = linear(mlp.down_proj.weight, mlp.down_proj.bias)
+
+    def forward(self, x: Tensor, turns: Tensor) -> Tensor:
+        """``x`` [T, hidden], ``turns`` complex [T, 1, dim / 2]."""
+        rows = self._qkv(_normed(x, self._eps)).view(x.shape[0], -1, self._dim)
+        turned = rows[:, : self._turned]
+        if self._head_norm is not None:
+            turned.div_(_length(turned, self._head_eps)).mul_(self._head_norm)
+        torch.view_as_complex(turned.unflatten(-1, (-1, 2))).mul_(turns)
+        attachment = self.fairserve
+        cache = attachment.cache
+        assert isinstance(cache, SdpaAttention), "a fused decoder runs on a CPU only"
+        if attachment.observer is not None:
+            key, value = (t.transpose(0, 1).unsqueeze(0) for t in rows[:, self._heads :].chunk(2, dim=1))
+            attachment.observer.saw(self, self.layer_idx, key, value, self._window)
+        seen = cache.attend_rows(self.layer_idx, rows, self._heads, self._scale, self._window)
+        x = self._o.plus(seen, x)
+        y: Tensor = self._down.plus(self._gated(_normed(x, self._mlp_eps)), x)
+        return y
+
+
+def _folded(norm: Any) -> tuple[Tensor, Tensor]:
+    """What is left of an RMSNorm: sqrt(n eps), and the weight [n] times sqrt(n) for the products that follow."""
+    size = norm.weight.shape[0]
+    return torch.tensor((size * norm.variance_epsilon) ** 0.5), norm.weight * size**0.5
+
+
+def _normed(x: Tensor, eps: Tensor) -> Tensor:
+    return x / _length(x, eps)
+
+
+def _length(x: Tensor, eps: Tensor) -> Tensor:
+    """sqrt(|x|^2 + eps^2) of the last dimension, kept."""
+    return torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), eps)
