@@ -276,8 +276,8 @@ class EngineConfig(Strict):
     measured step times say so, at least 16. Shorter gaps between tokens for a longer wait for the first. null: as many
     as max_num_batched_tokens allows."""
     step_timeout_s: PositiveFloat | None = 300.0
-    """Seconds after which a step counts as stuck: the replica fails its health check, Serve replaces it, and its requests
-    fail. null: never."""
+    """Seconds after which a step counts as stuck: the replica fails its health check, Serve replaces it, and its
+    requests fail. null: never."""
     seed: int = 0
     """Seed for requests that bring none; the k-th such request of a replica gets seed + k."""
     trust_remote_code: bool = False

@@ -66,7 +66,6 @@ def group_decodes(starts: Sequence[int], lengths: Sequence[int], num_slots: int)
 
 class SdpaAttention(LayerCaches):
     block_size_multiple: ClassVar[int] = 1
-    shares_blocks: ClassVar[bool] = False
     slot_dim: ClassVar[int] = 1
 
     def __init__(self, num_slots: int, block_size: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -130,7 +129,7 @@ class SdpaAttention(LayerCaches):
         readings = self._readings.get(window)
         if readings is None:
             readings = self._readings[window] = self._plan_readings(layout, window)
-        num_rows, kv_heads = rows.shape[0], keys.shape[0]
+        kv_heads = keys.shape[0]
         queries = rows[:, :heads].unflatten(1, (-1, kv_heads))  # [T, group, kv_heads, dim]
         parts = []
         for reading in readings:
@@ -219,6 +218,5 @@ def _view(cache: Tensor, reading: _Reading) -> Tensor:
         return cache.index_select(1, reading.index).unsqueeze(0)
     heads, num_slots, dim = cache.shape
     size = (reading.sequences, heads, reading.length, dim)
-    return cache.as_strided(
-        size, (reading.stride * dim, num_slots * dim, dim, 1), cache.storage_offset() + reading.first * dim
-    )
+    first = cache.storage_offset() + reading.first * dim
+    return cache.as_strided(size, (reading.stride * dim, num_slots * dim, dim, 1), first)

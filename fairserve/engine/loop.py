@@ -88,8 +88,8 @@ class EngineLoop:
         return not self._thread.is_alive()
 
     def is_alive(self) -> bool:
-        """The thread runs, and not one step for longer than ``step_timeout_s``: a dead device or a deadlock in a library
-        raises nothing."""
+        """The thread runs, and not one step for longer than ``step_timeout_s``: a dead device or a deadlock in a
+        library raises nothing."""
         return self._thread.is_alive() and self._why_stuck() is None
 
     @property

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import queue
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from fairserve.clock import VirtualClock
 from fairserve.engine.events import StepEvents
 from fairserve.engine.loop import EngineLoop
-from fairserve.errors import ReplicaFailed
+from fairserve.errors import ReplicaDied, ReplicaFailed
 from tests.engine.support import Driver, drive, prompt_of, request
 
 WAIT_S = 30.0
@@ -20,11 +23,11 @@ WAIT_S = 30.0
 class Running:
     """A loop and the events it sent."""
 
-    def __init__(self, driver: Driver) -> None:
+    def __init__(self, driver: Driver, **settings: Any) -> None:
         self.driver = driver
         self.events: queue.Queue[StepEvents] = queue.Queue()
         self.thread_names: set[str] = set()
-        self.loop = EngineLoop(driver.engine, self._on_step)
+        self.loop = EngineLoop(driver.engine, self._on_step, **settings)
 
     def _on_step(self, events: StepEvents) -> None:
         self.thread_names.add(threading.current_thread().name)
@@ -210,4 +213,62 @@ def test_a_queue_that_holds_everybody_back_does_not_spin(llama):
 
     running.loop.call(let_go)
     assert running.until_finished("r")["r"][0].finish_reason != "error"
+    assert running.loop.stop(WAIT_S)
+
+
+def test_a_step_that_hangs_does_not_look_healthy_for_ever(llama, monkeypatch):
+    driver, clock = drive(llama), VirtualClock()
+    running = Running(driver, clock=clock, step_timeout_s=300.0)
+    inside, release = threading.Event(), threading.Event()
+    run = driver.engine._runner.run
+
+    def hang(plan: Any) -> Any:
+        inside.set()
+        release.wait(WAIT_S)
+        return run(plan)
+
+    monkeypatch.setattr(driver.engine._runner, "run", hang)
+    running.loop.submit(request("r", prompt_of(5), max_tokens=3, ignore_eos=True))
+    running.loop.start()
+    assert inside.wait(WAIT_S)
+    clock.advance(300.0)
+    assert running.loop.is_alive(), "it may take as long as that"
+    clock.advance(1.0)
+    assert not running.loop.is_alive()
+    assert "301 s, 300 s are allowed" in (running.loop.ended or "")
+    with pytest.raises(ReplicaDied, match="has been running for"):
+        running.loop.submit(request("late", prompt_of(5)))
+    release.set()
+    output, _ = running.until_finished("r")["r"]
+    assert output.finish_reason == "error", "it was given up already: nothing goes on behind everybody's back"
+    running.loop._thread.join(WAIT_S)
+    assert not running.loop.is_alive()
+    assert "has been running for" in (running.loop.ended or "")
+
+
+def test_an_idle_loop_is_never_stuck(llama):
+    clock = VirtualClock()
+    running = Running(drive(llama), clock=clock, step_timeout_s=300.0)
+    running.loop.submit(request("r", prompt_of(5), max_tokens=2, ignore_eos=True))
+    running.loop.start()
+    running.until_finished("r")
+    running.loop.call(lambda: None)  # after it the step's end is known
+    running.events.get(timeout=WAIT_S)
+    clock.advance(1e6)
+    assert running.loop.is_alive()
+    assert running.loop.stop(WAIT_S)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="niceness of threads is Linux's")
+def test_the_engine_thread_is_as_nice_as_it_was_told_and_others_stay_as_they_are(llama):
+    def niceness() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    before = niceness()
+    running = Running(drive(llama), nice=1)
+    running.loop.start()
+    said: queue.Queue[int] = queue.Queue()
+    running.loop.call(lambda: said.put(niceness()))
+    assert said.get(timeout=WAIT_S) == min(before + 1, 19)
+    assert niceness() == before
     assert running.loop.stop(WAIT_S)
