@@ -66,6 +66,7 @@ def group_decodes(starts: Sequence[int], lengths: Sequence[int], num_slots: int)
 
 class SdpaAttention(LayerCaches):
     block_size_multiple: ClassVar[int] = 1
+    shares_blocks: ClassVar[bool] = False
     slot_dim: ClassVar[int] = 1
 
     def __init__(self, num_slots: int, block_size: int, dtype: torch.dtype, device: torch.device) -> None:

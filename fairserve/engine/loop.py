@@ -119,6 +119,7 @@ class EngineLoop:
             for item in items:  # they learn that they came too late
                 self._guarded(item)
             self._tell(self._engine.idle_events())
+            self._guarded(self._engine.stop)
 
     def _drive(self) -> None:
         """Until the loop is stopped or the engine broken."""
