@@ -54,10 +54,10 @@ class Ingress:
         from fairserve.engine.loading import load_tokenizer
 
         args = FairServeArgs.model_validate_json(args_json)
-        backend = HandleBackend(model, args.api)
         tokenizer = await asyncio.to_thread(load_tokenizer, args.model, args.engine)
-        limits = await backend.limits()
         metrics = deployment_metrics(args.metrics, args.counter.name)
+        backend = HandleBackend(model, args.api, metrics)
+        limits = await backend.limits()
         self._service = OpenAIService(
             args, backend, tokenizer, limits.max_model_len, metrics=metrics, tracer=make_tracing(args.tracing)
         )

@@ -250,6 +250,14 @@ ROUTER_DEGRADED = _gauge("router_degraded", "0 or 1", "1: this router cannot rea
 UNGRANTED_REQUESTS = _counter(
     "ungranted_requests", "requests", "requests sent to a replica without a grant (degraded mode)", "router"
 )
+RESENT_REQUESTS = _counter(
+    "resent_requests",
+    "requests",
+    "requests sent to another replica; reason: returned (a replica gave it back unserved), unstarted (its replica died "
+    "before it said that it had begun) or continued (its replica died under it)",
+    "ingress",
+    "reason",
+)
 
 # -- engine ---------------------------------------------------------------------------------------------------------
 ENGINE_RUNNING = _gauge("engine_running", "requests", "requests in the batch", "replica")

@@ -12,11 +12,13 @@ from typing import Any
 
 from fairserve.cluster.arrivals import Arrivals, Inbox
 from fairserve.cluster.continuing import Continuation
+from fairserve.cluster.metrics_sink import NO_METRICS, MetricsSink
 from fairserve.cluster.multiplex import Message, Own
 from fairserve.config import ApiConfig
 from fairserve.engine.events import Limits
 from fairserve.engine.request import GenerateRequest, RequestOutput
 from fairserve.errors import FairServeError, ReplicaDied, ReplicaFailed, unwrapped
+from fairserve.metric_table import RESENT_REQUESTS
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +27,9 @@ class HandleBackend:
     """Sends requests through a Serve ``DeploymentHandle`` whose router is a FairRouter. ``api`` says what becomes of
     those whose replica dies, and whether outputs may come over trunks (``multiplex.py``)."""
 
-    def __init__(self, handle: Any, api: ApiConfig | None = None) -> None:
+    def __init__(self, handle: Any, api: ApiConfig | None = None, metrics: MetricsSink = NO_METRICS) -> None:
         api = api or ApiConfig()
+        self._metrics = metrics
         self._continues = api.retry_on_replica_death
         self._max_deaths = api.max_replica_deaths
         self._stream = handle.options(stream=True, method_name="generate")
@@ -55,6 +58,7 @@ class HandleBackend:
                     async for output in outputs:
                         if output.finish_reason == "returned":
                             tries.returned()
+                            self._metrics.add(RESENT_REQUESTS, reason="returned")
                             goes_on = True
                         elif (seen := tries.took(output)) is not None:
                             yield seen
@@ -62,6 +66,8 @@ class HandleBackend:
                 if not tries.died():
                     raise
                 logger.warning("request %s is sent to another replica: %s", request.request_id, error)
+                is_continued = tries.request.num_generated is not None
+                self._metrics.add(RESENT_REQUESTS, reason="continued" if is_continued else "unstarted")
                 goes_on = True
 
     async def _outputs(self, request_id: str, response: Any) -> AsyncGenerator[RequestOutput, None]:

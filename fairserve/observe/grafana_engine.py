@@ -169,4 +169,9 @@ def _grants() -> tuple[Panel, ...]:
             width=6,
             empty_until="a router cannot reach the counter actor",
         ),
+        lines(
+            "Sent to another replica",
+            [Query(rate(table.RESENT_REQUESTS, "reason"), "{{reason}}")],
+            empty_until="a replica dies or drains",
+        ),
     )

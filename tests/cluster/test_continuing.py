@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from fairserve.cluster.metrics_sink import RecordedMetrics
 from fairserve.config import ApiConfig
 from fairserve.engine.request import GenerateRequest, RequestOutput, SamplingParams, Usage
 from fairserve.errors import ReplicaDied, ReplicaFailed
@@ -21,6 +22,12 @@ class Handle:
 
     replicas: list[Replica]
     sent: list[dict[str, Any]] = field(default_factory=list)
+    metrics: RecordedMetrics = field(default_factory=RecordedMetrics)
+
+    @property
+    def resent(self) -> dict[str, float]:
+        """By reason."""
+        return {reason: num for (_, reason), num in self.metrics.counters.items()}
 
     def options(self, **_: Any) -> Handle:
         return self
@@ -39,7 +46,7 @@ async def through(
     handle = Handle([Replica(list(script)) for script in scripts])
     api = ApiConfig(retry_on_replica_death=retry, max_replica_deaths=deaths)
     seen: list[RequestOutput] = []
-    stream = HandleBackend(handle, api).generate(REQUEST)
+    stream = HandleBackend(handle, api, handle.metrics).generate(REQUEST)
     try:
         while (output := await anext(stream, None)) is not None:
             seen.append(output)
@@ -83,6 +90,7 @@ async def test_a_request_may_go_on_more_than_once_if_more_deaths_are_allowed() -
     assert seen[-1].usage == Usage(3, 0, 6)
     assert [sent["request"].num_generated for sent in handle.sent] == [None, 2, 3]
     assert [sent["replaces"] for sent in handle.sent] == [None, "r", "r~1"]
+    assert handle.resent == {"continued": 2}
 
 
 @pytest.mark.parametrize("script", [[1, died], [STARTED, died], [died]])
@@ -100,6 +108,7 @@ async def test_what_had_not_started_is_sent_elsewhere_as_it_was_whatever_is_set(
     assert error is None
     assert tokens(seen) == list(range(100, 106))
     assert handle.sent[1]["request"] == replace(REQUEST, request_id="r~1"), "it pays for its input like any other"
+    assert handle.resent == {"unstarted": 1}
 
 
 @pytest.mark.parametrize("script", [[STARTED, died], [2, died]])

@@ -30,6 +30,7 @@ ONLY_IN_TROUBLE = {
     "fairserve_report_call_failures",
     "fairserve_route_call_failures",
     "fairserve_ungranted_requests",
+    "fairserve_resent_requests",
     "fairserve_lifts",  # only where somebody comes back while others wait
 }
 Series = dict[str, list[tuple[dict[str, str], float]]]

@@ -14,6 +14,7 @@ from unittest import mock
 
 import pytest
 
+from fairserve.cluster.metrics_sink import RecordedMetrics
 from fairserve.cluster.tracing import NO_TRACING
 from fairserve.dispatch.messages import Grant, Submit
 from fairserve.engine.request import GenerateRequest, RequestOutput, Usage
@@ -345,12 +346,14 @@ async def test_what_a_replica_gives_back_is_sent_again_in_its_old_place_and_nobo
             sent.append(values)
             return responses[len(sent) - 1]
 
-    stream = HandleBackend(Again(responses[0])).generate(GenerateRequest("r1", "ann", (1, 2, 3)))
+    metrics = RecordedMetrics()
+    stream = HandleBackend(Again(responses[0]), metrics=metrics).generate(GenerateRequest("r1", "ann", (1, 2, 3)))
     assert (await anext(stream)).finish_reason == "stop"
     await stream.aclose()
     assert [values["num_returns"] for values in sent] == [0, 1]
     assert [values["replaces"] for values in sent] == [None, "r1"]
     assert sent[0]["first_sent_s"] == sent[1]["first_sent_s"]
+    assert metrics.counters == {("fairserve_resent_requests", "returned"): 1}
 
 
 async def test_closing_cancels_what_runs_and_sends_nothing_that_never_ran() -> None:
