@@ -30,7 +30,7 @@ from fairserve.cluster.saver import Saver
 from fairserve.dispatch.cut import Cut
 from fairserve.dispatch.messages import RouterCall, StepReport, Submit, Totals
 from fairserve.dispatch.store import SqliteStore
-from fairserve.fairness.hierarchy import group_of, path_of
+from fairserve.fairness.hierarchy import forget_paths
 
 POLICIES = ("vtc", "vtc+moving_mean", "dlpm")
 FULL = Size(num_known=100_000, num_waiting=10_000, num_replicas=1_000)
@@ -131,8 +131,7 @@ def _slices(steps: Generator[None, None, Cut]) -> tuple[Cut, list[float]]:
 def memory(num_clients: int, levels: int, policy: str = "vtc") -> Row:
     """Bytes per client: known (served once, by one replica), waiting with one request on top of it, and for each
     further replica that has served it; all caches included, Python's own strings too."""
-    path_of.cache_clear()
-    group_of.cache_clear()
+    forget_paths()
     gc.collect()
     tracemalloc.start()
     try:

@@ -99,8 +99,8 @@ class Capacity:
         return has_room and self.is_alive(room, now_s)
 
     def is_alive(self, room: ReplicaRoom, now_s: float) -> bool:
-        is_silent = now_s - room.heard_s > self._stale_s
-        return not (is_silent or room.is_draining or now_s < room.suspended_until_s)
+        is_heard = now_s - room.heard_s <= self._stale_s
+        return is_heard and now_s >= room.suspended_until_s and not room.is_draining
 
     def best_for(self, need_tokens: int, now_s: float) -> ReplicaRoom | None:
         """Among the replicas that can hold it: one with a free running slot before one that would only queue it,
@@ -109,7 +109,8 @@ class Capacity:
         A request that needs more than the largest living replica has is held to all of that one: it preempts or
         refuses.
         """
-        self._wake(now_s)
+        if self._asleep:
+            self._wake(now_s)
         if need_tokens > self._least_kv_tokens:
             largest = max((room.kv_capacity_tokens for room in self if self.is_alive(room, now_s)), default=0)
             need_tokens = min(need_tokens, largest)
@@ -121,30 +122,33 @@ class Capacity:
 
     def _first(self, heap: list[_Entry], now_s: float) -> ReplicaRoom | None:
         """The living replica on top; the others that surface go out, to sleep if they still count."""
+        entries, rooms, is_alive = self._entries, self._rooms, self.is_alive
         while heap:
             entry = heap[0]
-            name = entry[2]
-            listed = self._entries.get(name)
+            tokens, slots, name = entry
+            listed = entries.get(name)
             if listed is None or listed[0] is not entry:
                 heapq.heappop(heap)
                 continue
-            room = self._rooms[name]
-            if not self.is_alive(room, now_s):
-                del self._entries[name]
+            room = rooms[name]
+            if not is_alive(room, now_s):
+                del entries[name]
                 self._asleep[name] = None
                 heapq.heappop(heap)
                 continue
-            true = room.entry
-            if true == entry:
+            if (
+                tokens == room.reserved_tokens - room.free_kv_tokens
+                and slots == len(room.unconfirmed) - room.free_slots
+            ):
                 return room
-            self._entries[name] = (true, listed[1])
+            true = room.entry
+            entries[name] = (true, listed[1])
             heapq.heapreplace(heap, true)
         return None
 
     def _wake(self, now_s: float) -> None:
-        if self._asleep:
-            for name in [name for name in self._asleep if self.is_alive(self._rooms[name], now_s)]:
-                self._changed(self._rooms[name])
+        for name in [name for name in self._asleep if self.is_alive(self._rooms[name], now_s)]:
+            self._changed(self._rooms[name])
 
     def _changed(self, room: ReplicaRoom) -> None:
         """See to it that the replica stands in the right heap, and not behind where its numbers put it."""
@@ -185,10 +189,12 @@ class Capacity:
         self._least_kv_tokens = min((room.kv_capacity_tokens for room in self), default=0)
 
     def reserve(self, replica: str, request_id: str, need_tokens: int) -> None:
-        room = self._rooms[replica]
-        reserved = room.unconfirmed[request_id] = min(need_tokens, room.kv_capacity_tokens)
-        room.reserved_tokens += reserved
-        if room.room_slots <= 0:  # else its entry is only too good now
+        room, unconfirmed = self._rooms[replica], self._rooms[replica].unconfirmed
+        if need_tokens > room.kv_capacity_tokens:
+            need_tokens = room.kv_capacity_tokens
+        unconfirmed[request_id] = need_tokens
+        room.reserved_tokens += need_tokens
+        if len(unconfirmed) >= room.free_slots:  # else its entry is only too good now
             self._changed(room)
 
     def release(self, replica: str, request_id: str) -> None:

@@ -185,17 +185,30 @@ class Dispatcher:
         if self._merging.report(report, self.epoch, now_s):
             self.dispatch(now_s)
             self.state.forget_idle()
-        table, room = self.queue.table, self.capacity.get(report.replica)
+        room = self.capacity.get(report.replica)
         ack = self.ledger.ack(report.replica, report.incarnation)
-        clients = {*map(client_of, report.totals), *report.clients}
         return ReportReply(
             epoch=self.epoch,
             ack=ack,
             saved=ack if saved is None else min(ack, saved),
-            counters={node: table.counter(node) for client in clients if client in table for node in path_of(client)},
+            counters=self._counters(report),
             need_full=not report.is_full and report.epoch not in (0, self.epoch),
             is_draining=room is not None and room.is_draining,
         )
+
+    def _counters(self, report: StepReport) -> dict[str, float]:
+        """Of the clients that it names, and of the groups above them."""
+        table = self.queue.table
+        clients = set(report.clients)
+        clients.update([client_of(account) for account in report.totals if account not in clients])
+        counters = {}
+        for client in clients:
+            if client in table:
+                counters[client] = table.counter(client)
+                if "/" in client:
+                    for node in path_of(client):
+                        counters[node] = table.counter(node)
+        return counters
 
     def merge_cluster(
         self,

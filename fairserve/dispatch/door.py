@@ -3,6 +3,8 @@ acts."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from fairserve.dispatch.controls import Controls
 from fairserve.dispatch.drain import DrainRate, retry_after_s
 from fairserve.dispatch.leases import Waiting
@@ -86,11 +88,15 @@ class Door:
     def forget(self, client: str) -> None:
         self._client_drain.pop(client, None)
 
-    def granted(self, client: str, waited_s: float, now_s: float) -> None:
+    def granted(self, waits: Collection[tuple[str, float]], now_s: float) -> None:
+        """Requests were granted: of which clients, after how many seconds."""
         if self._throttle.is_on:
-            self._throttle.overload.waited(waited_s, now_s)
-        self._drain.count(now_s)
-        drain = self._client_drain.get(client)
-        if drain is None:
-            drain = self._client_drain[client] = DrainRate()
-        drain.count(now_s)
+            for _, waited_s in waits:
+                self._throttle.overload.waited(waited_s, now_s)
+        self._drain.count(now_s, len(waits))
+        drains = self._client_drain
+        for client, _ in waits:
+            drain = drains.get(client)
+            if drain is None:
+                drain = drains[client] = DrainRate()
+            drain.count(now_s)

@@ -18,14 +18,23 @@ class Granting:
     def __init__(self, state: State, stages: Stages) -> None:
         self._state = state
         self._stages = stages
+        self._waits: list[tuple[str, float]] = []
+        """Of what is being granted: which client waited how long."""
 
     def dispatch(self, now_s: float) -> None:
         """Grant while the head of the policy's order fits somewhere; the first that does not stops all (no skipping:
         the bound needs it), unless it is throttled: that is as if its caller had gone."""
+        state = self._state
+        if state.placement.is_full(now_s) and not state.throttle.looks_at_picks:
+            return
+        first = state.counts.num_granted
+        self._grant_all(now_s)
+        if state.counts.num_granted > first:
+            self._tell(now_s)
+
+    def _grant_all(self, now_s: float) -> None:
         state, placement = self._state, self._state.placement
         num_refused = 0
-        if placement.is_full(now_s) and not state.throttle.looks_at_picks:
-            return
         while (waiting := placement.next()) is not None:
             submit = waiting.submit
             need = state.limits.need_tokens(submit)
@@ -39,8 +48,19 @@ class Granting:
                     return
                 room.granted_over = submit.request_id
                 state.counts.num_granted_over += 1
-            state.queue.take(submit.client, submit.request_id)
+                state.notes.granted_over(submit.client, room.name, now_s)
             self._grant(waiting, room, need, now_s)
+
+    def _tell(self, now_s: float) -> None:
+        """What was granted in one go, all at once, to whoever counts."""
+        state, waits = self._state, self._waits
+        self._waits = []
+        state.door.granted(waits, now_s)
+        state.notes.granted(waits, now_s)
+        has = state.queue.backlog.has
+        for client in {client for client, _ in waits if not has(client)}:
+            state.watch.observe_one(client)
+            state.notes.moved(client, now_s)
 
     def _turned_away(self, waiting: Waiting, now_s: float) -> bool:
         """Refuse what was picked and fits nowhere, with all that waits for the same interaction, if that may not begin
@@ -64,29 +84,27 @@ class Granting:
         """Charge and lease what was picked: one step, nobody can come between."""
         state, submit = self._state, waiting.submit
         client, request_id = submit.client, submit.request_id
-        policy, cost, counts = state.queue.policy, state.cost, state.counts
-        foretold = state.predictor.predict(client, submit.application, submit.predicted_output)
-        predicted = min(max(0.0, foretold), submit.max_output)
+        queue, cost, counts = state.queue, state.cost, state.counts
+        predicted = state.predictor.predict(client, submit.application, submit.predicted_output)
+        predicted = min(max(0.0, predicted), submit.max_output) if predicted else 0.0
         input_service = cost.service(submit.num_input, 0)
         service = cost.service(submit.num_input, predicted) if predicted else input_service
-        rates = state.queue.rates(client, policy.price(client, submit.application))
+        rates = queue.rates(client, queue.policy.price(client, submit.application))
         owed = cost.service(submit.num_input, submit.max_output) - service
         counts.num_granted += 1
-        counts.num_sent += 1
+        counts.num_sent = seq = counts.num_sent + 1
         deadline_s = now_s + state.limits.lease_s
-        seq = counts.num_sent
         lease = Lease(waiting, room.name, room.incarnation, predicted, service, rates, owed, deadline_s, seq)
+        queue.pick(client, request_id, service, rates)
         state.leases.add(request_id, lease)
-        state.queue.charge(client, service, rates)
         state.watch.granted(client, scaled(service, rates), scaled(owed, rates))
         waiting.is_first = False
-        state.interactions.granted(client, submit.interaction, request_id)
+        if submit.interaction:
+            state.interactions.granted(client, submit.interaction, request_id)
         state.capacity.reserve(room.name, request_id, need)
         state.placement.placed(submit, room, input_service)
         waited_s = now_s - waiting.arrived_s
-        state.door.granted(client, waited_s, now_s)
-        state.watch.observe_one(client)
-        state.notes.granted(client, room.name, waited_s, now_s, is_over=room.granted_over == request_id)
+        self._waits.append((client, waited_s))
         if state.log is not None:
-            state.log.granted(lease, state.queue.counter(client), waited_s, now_s)
+            state.log.granted(lease, queue.counter(client), waited_s, now_s)
         state.sessions.tell(waiting.router, Grant(request_id, room.name, waited_s, seq), now_s)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -44,7 +44,7 @@ class Lease:
 
 
 def scaled(service: float, rates: Amounts) -> Amounts:
-    return tuple([service * rate for rate in rates])
+    return (service * rates[0],) if len(rates) == 1 else tuple([service * rate for rate in rates])
 
 
 class Leases:
@@ -52,7 +52,8 @@ class Leases:
 
     def __init__(self) -> None:
         self._leases: dict[str, Lease] = {}
-        self._unconfirmed: OrderedDict[str, Lease] = OrderedDict()
+        self._unconfirmed: deque[tuple[str, Lease]] = deque()
+        """And some that are confirmed or gone, which leave when they come first."""
         self._on: dict[str, set[str]] = {}
         self._of: dict[str, dict[str, Lease]] = {}
 
@@ -96,24 +97,38 @@ class Leases:
         return reversed(self._of.get(client, {}).values())
 
     def first_lapsed(self, now_s: float) -> str | None:
-        for request_id, lease in self._unconfirmed.items():
-            return request_id if lease.deadline_s <= now_s else None
+        unconfirmed = self._unconfirmed
+        while unconfirmed:
+            request_id, lease = unconfirmed[0]
+            if not lease.confirmed and self._leases.get(request_id) is lease:
+                return request_id if lease.deadline_s <= now_s else None
+            unconfirmed.popleft()
         return None
 
     def add(self, request_id: str, lease: Lease) -> None:
-        self._leases[request_id] = self._unconfirmed[request_id] = lease
-        self._on.setdefault(lease.replica, set()).add(request_id)
-        self._of.setdefault(lease.waiting.submit.client, {})[request_id] = lease
+        self._leases[request_id] = lease
+        unconfirmed = self._unconfirmed
+        while unconfirmed and unconfirmed[0][1].confirmed:
+            unconfirmed.popleft()
+        unconfirmed.append((request_id, lease))
+        on = self._on.get(lease.replica)
+        if on is None:
+            on = self._on[lease.replica] = set()
+        on.add(request_id)
+        client = lease.waiting.submit.client
+        of = self._of.get(client)
+        if of is None:
+            self._of[client] = {request_id: lease}
+        else:
+            of[request_id] = lease
 
     def confirm(self, request_id: str) -> None:
         self._leases[request_id].confirmed = True
-        del self._unconfirmed[request_id]
 
     def pop(self, request_id: str) -> Lease | None:
         lease = self._leases.pop(request_id, None)
         if lease is None:
             return None
-        self._unconfirmed.pop(request_id, None)
         self._on[lease.replica].discard(request_id)
         client = lease.waiting.submit.client
         del self._of[client][request_id]
@@ -125,7 +140,8 @@ class Leases:
         assert not self._on.pop(replica, None), f"requests are still granted to {replica}"
 
     def check(self) -> None:
-        assert {r for r, lease in self._leases.items() if not lease.confirmed} == set(self._unconfirmed)
+        listed = {request_id for request_id, lease in self._unconfirmed if self._leases.get(request_id) is lease}
+        assert {request_id for request_id, lease in self._leases.items() if not lease.confirmed} <= listed
         assert {r for requests in self._on.values() for r in requests} == set(self._leases)
         assert {r for requests in self._of.values() for r in requests} == set(self._leases)
         assert all(lease.held >= 0 and lease.owed >= 0 for lease in self._leases.values())

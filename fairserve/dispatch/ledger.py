@@ -112,16 +112,18 @@ class Ledger:
         watched = self._accounts
         if watched is not None:
             watched.before({*map(first_generation, report.totals)})
+        mine = book.totals
         for account, totals in report.totals.items():
-            is_new = account not in book.totals
-            had = book.totals.get(account, NOTHING)
-            if totals.service != had.service or totals != had:
-                difference = totals - had
-                book.totals[account] = totals
+            had = mine.get(account)
+            if had is None or totals != had:
+                if had is None and totals == NOTHING:
+                    continue
+                difference = totals if had is None else totals - had
+                mine[account] = totals
                 if watched is not None:
                     book.unkept[account] = totals
                 self._add(first_generation(account), difference)
-                (earlier if as_baseline and is_new else added)[account] = difference
+                (earlier if as_baseline and had is None else added)[account] = difference
         if earlier:
             self._note_earlier(earlier)
         closed = (*report.closed, *(book.totals.keys() - report.totals.keys() if report.is_full else ()))
@@ -278,8 +280,16 @@ class Ledger:
             total = self._totals[account] = Sum()
             if (client := client_of(account)) != account:
                 self._with_application.setdefault(client, []).append(account)
-        total.add(difference)
-        self.whole.add(difference)
+        whole = self.whole
+        num_input, num_cached, num_output, service = difference
+        total.num_input += num_input
+        total.num_cached += num_cached
+        total.num_output += num_output
+        total.service += service
+        whole.num_input += num_input
+        whole.num_cached += num_cached
+        whole.num_output += num_output
+        whole.service += service
 
     def dump(self) -> dict[str, Any]:
         """Plain values for a snapshot."""

@@ -10,7 +10,7 @@ from fairserve.dispatch.losses import Losses
 from fairserve.dispatch.messages import StepReport, Totals
 from fairserve.dispatch.stages import Stages
 from fairserve.dispatch.state import State
-from fairserve.fairness.accounts import application_of, client_of
+from fairserve.fairness.accounts import SEPARATOR, application_of, client_of
 
 
 class Merging:
@@ -26,13 +26,15 @@ class Merging:
         added = state.ledger.merge(report, as_baseline=is_old_acquaintance and not state.knows_the_past)
         if added is None:
             return False
-        owners = {account: client_of(account) for account in report.totals}
+        owners = {account: account if SEPARATOR not in account else client_of(account) for account in report.totals}
         clients = {owners[account] for account in added}
         given_back = {owners[account] for account, difference in added.items() if difference.service < 0}
         with watch.returning(self._settled_by(report) | given_back):
             offers_room = self._meet(report, now_s)
+            to_look_at = given_back
             for client in owners.values():
                 if client not in state.queue.table:
+                    to_look_at.add(client)
                     state.weights.carry(client, report.weights.get(client, 1.0))
                     if (
                         client in clients
@@ -43,7 +45,7 @@ class Merging:
         if offers_room:
             state.capacity.report(report, now_s)
         watch.observe(clients)
-        for client in owners.values():
+        for client in to_look_at:  # the others are as busy as before; those whose request ended were looked at
             state.idlers.look_at(client)
         if report.is_draining:
             self._losses.drain(report.replica, now_s)
@@ -60,7 +62,7 @@ class Merging:
             for account, difference in added.items():
                 if (client := client_of(account)) not in state.queue.table:
                     state.weights.carry(client, weights.get(account, 1.0))
-                self._charge(account, difference.service)
+                self._charge(account, client, difference.service)
         watch.observe(clients)
         for client in clients:
             state.idlers.look_at(client)
@@ -91,18 +93,22 @@ class Merging:
             self._confirm(request_id, report, now_s)
         for request_id in report.started:
             self._start(request_id, report, now_s)
+        shares = []
         for account, difference in added.items():
-            share = self._charge(account, difference.service)
-            self._state.notes.served(report.replica, owners[account], difference, share)
+            client, service = owners[account], difference[3]
+            shares.append((client, service, self._charge(account, client, service)))
+        num_tokens = sum([difference[0] + difference[2] for difference in added.values()])
+        self._state.notes.served(report.replica, shares, num_tokens)
         for request_id, num_output in report.outputs.items():
             self._progress(request_id, num_output, report)
         for request_id in report.finished:
             self._finish(request_id, report, now_s)
 
-    def _charge(self, account: str, service: float) -> float:
+    def _charge(self, account: str, client: str, service: float) -> float:
         """It was served; returns what it adds to the client's counter at the top level."""
-        client, queue = client_of(account), self._state.queue
-        rates = queue.rates(client, queue.policy.price(client, application_of(account)))
+        queue = self._state.queue
+        application = application_of(account) if account != client else ""
+        rates = queue.rates(client, queue.policy.price(client, application))
         queue.charge(client, service, rates)
         self._state.watch.served(client, service, rates)
         return service * rates[0]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from fairserve.dispatch.events import IDLE_S, Events
-from fairserve.dispatch.messages import Totals
 from fairserve.dispatch.recent import Recent
 from fairserve.errors import InteractionThrottled, Refused
 
@@ -39,12 +38,13 @@ class Notes:
         """A request of the client waits no more, or its client was paused or resumed."""
         self.recent.moved(client, self._is_waiting, now_s)
 
-    def granted(self, client: str, replica: str, waited_s: float, now_s: float, *, is_over: bool) -> None:
-        """``is_over``: where there is no room, so that another gives way."""
-        self.recent.granted(client, waited_s, now_s)
-        self.recent.moved(client, self._is_waiting, now_s)
-        if is_over:
-            self.events.note("preempted", now_s, PREEMPTED, replica, client, client=client, replica=replica)
+    def granted(self, waits: Iterable[tuple[str, float]], now_s: float) -> None:
+        """Requests of these clients were granted, after so many seconds."""
+        self.recent.granted(waits, now_s)
+
+    def granted_over(self, client: str, replica: str, now_s: float) -> None:
+        """A request was granted where there is no room: another gives way."""
+        self.events.note("preempted", now_s, PREEMPTED, replica, client, client=client, replica=replica)
 
     def refused(self, client: str, error: Refused, now_s: float) -> None:
         self.recent.refused(client, now_s)
@@ -60,8 +60,9 @@ class Notes:
 
     # -- replicas and routers -----------------------------------------------------------------------------------------
 
-    def served(self, replica: str, client: str, more: Totals, share: float) -> None:
-        self.recent.served(replica, client, more, share)
+    def served(self, replica: str, shares: Iterable[tuple[str, float, float]], num_tokens: int) -> None:
+        """See :meth:`Recent.served`."""
+        self.recent.served(replica, shares, num_tokens)
 
     def joined(self, replica: str, now_s: float) -> None:
         self.events.note("joined", now_s, "Replica {} reports for the first time.", replica, replica=replica)

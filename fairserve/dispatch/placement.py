@@ -30,14 +30,16 @@ class Placement:
         self._capacity = capacity
         self._leases = leases
         self._limits = limits
+        self.looks_at_prefixes = queue.policy.window > 1
+        """Whether the policy leaves a choice of request and replica; if not, the head goes to the roomiest."""
         self._prefixes = PrefixMap(limits.prefix_block_tokens)
         self._most_served = None if limits.preempt_gap is None else MostServed(queue, leases, watch)
 
     def next(self) -> Waiting | None:
         """The head of the policy's order or, where it leaves a choice, the one whose prompt is cached the most."""
-        window = self._queue.policy.window
-        if window <= 1:
+        if not self.looks_at_prefixes:
             return self._queue.peek()
+        window = self._queue.policy.window
         longest, most = None, -1
         for waiting in self._queue.front(window, MATCHED_REQUESTS):
             prefix = waiting.submit.prefix
@@ -52,7 +54,7 @@ class Placement:
         everywhere), the policy's choice, else the longest match; None when it fits nowhere."""
         capacity, policy = self._capacity, self._queue.policy
         roomiest = capacity.best_for(need, now_s)
-        if roomiest is None or policy.window <= 1:
+        if roomiest is None or not self.looks_at_prefixes:
             return roomiest
         matched = self._prefixes.longest(submit.prefix)
         rooms = {roomiest.name: roomiest}

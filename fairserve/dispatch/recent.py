@@ -6,11 +6,10 @@ A decision pays a few dictionary entries per event; sums are made when a second 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import exp
 
-from fairserve.dispatch.messages import Totals
 from fairserve.fairness.bounds import jain
 from fairserve.fairness.hierarchy import path_of
 
@@ -125,27 +124,32 @@ class Recent:
             table.pop(client, None)
         self._forgotten.add(client)
 
-    def granted(self, client: str, waited_s: float, now_s: float) -> None:
-        waits = self._waits.get(client)
-        if waits is None:
-            self._waits[client] = _Waits(waited_s, 1.0, now_s)
-            return
-        waits.fade(now_s)
-        waits.sum_s += waited_s
-        waits.weight += 1.0
+    def granted(self, granted: Iterable[tuple[str, float]], now_s: float) -> None:
+        """Of which clients, after how many seconds."""
+        for client, waited_s in granted:
+            waits = self._waits.get(client)
+            if waits is None:
+                self._waits[client] = _Waits(waited_s, 1.0, now_s)
+            else:
+                if now_s != waits.at_s:
+                    waits.fade(now_s)
+                waits.sum_s += waited_s
+                waits.weight += 1.0
 
     def refused(self, client: str, now_s: float) -> None:
         self.num_refused[client] = self.num_refused.get(client, 0) + 1
         self.num_all_refused += 1
         self.seen(client, now_s)
 
-    def served(self, replica: str, client: str, more: Totals, share: float) -> None:
-        """A report of ``replica`` brought this much more; ``share``: its service / weight at the top level."""
-        top = path_of(client)[0]
-        service, shares, tokens = self._service.current, self._shares.current, self._tokens.current
-        service[client] = service.get(client, 0.0) + more.service
-        shares[top] = shares.get(top, 0.0) + share
-        tokens[replica] = tokens.get(replica, 0) + more.num_input + more.num_output
+    def served(self, replica: str, shares: Iterable[tuple[str, float, float]], num_tokens: int) -> None:
+        """A report of ``replica`` brought so many tokens more. ``shares``: client, its service, and that / weight at
+        the top level."""
+        services, tops, tokens = self._service.current, self._shares.current, self._tokens.current
+        tokens[replica] = tokens.get(replica, 0) + num_tokens
+        for client, service, share in shares:
+            services[client] = services.get(client, 0.0) + service
+            top = client if "/" not in client else path_of(client)[0]
+            tops[top] = tops.get(top, 0.0) + share
 
     def tick(self, now_s: float) -> None:
         """Call it a few times a second."""

@@ -51,11 +51,6 @@ class RouterSession:
         """It was refused after it had been accepted, and the router may not know."""
         return isinstance(self.outbox.get(request_id), Refusal)
 
-    def put(self, news: Grant | Refusal, now_s: float) -> None:
-        if not self.outbox:
-            self.told_s = now_s
-        self.outbox[news.request_id] = news
-
     def acknowledge(self, grants_ack: int) -> None:
         for news in [news for news in self.outbox.values() if news.seq <= grants_ack]:
             del self.outbox[news.request_id]
@@ -89,7 +84,10 @@ class Sessions:
 
     def tell(self, router: str, news: Grant | Refusal, now_s: float) -> None:
         """The router, which is known, gets this with its next call, and should make it now."""
-        self._sessions[router].put(news, now_s)
+        session = self._sessions[router]
+        if not session.outbox:
+            session.told_s = now_s
+        session.outbox[news.request_id] = news
         self._to_wake.add(router)
 
     def take_to_wake(self) -> set[str]:

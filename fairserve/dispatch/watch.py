@@ -31,12 +31,11 @@ class Watch:
         """Service / weight that granted requests may still receive beyond what they were charged, by node."""
 
     def granted(self, client: str, charge: Amounts, owed: Amounts) -> None:
+        unserved, all_owed = self.unserved, self.owed
         for node, charged, owes in zip(path_of(client), charge, owed, strict=True):
-            unserved = self.unserved[node] = self.unserved.get(node, 0.0) + charged
-            all_owed = self.owed[node] = self.owed.get(node, 0.0) + owes
-            bounds = self._bounds(group_of(node))
-            bounds.saw_grant(charged, all_owed)
-            bounds.saw_in_flight(unserved)
+            held = unserved[node] = unserved.get(node, 0.0) + charged
+            owing = all_owed[node] = all_owed.get(node, 0.0) + owes
+            self._bounds(group_of(node)).saw_grant(charged, owing, held)
 
     def gave_back(self, client: str, charge: Amounts) -> None:
         """Served, so that the replicas' totals hold it from now on, or returned."""
@@ -57,8 +56,9 @@ class Watch:
         bounds.saw_grant(ceiling - self._queue.level(group) - bounds.returned, 0.0)  # as if picked at that height
 
     def served(self, client: str, service: float, rates: Amounts) -> None:
+        mine = self.service
         for node, rate in zip(path_of(client), rates, strict=True):
-            self.service[node] = self.service.get(node, 0.0) + service * rate
+            mine[node] = mine.get(node, 0.0) + service * rate
 
     @contextmanager
     def returning(self, clients: Iterable[str]) -> Iterator[None]:
@@ -89,13 +89,14 @@ class Watch:
 
     def observe(self, clients: Iterable[str]) -> None:
         """Service or backlog of these clients may have changed."""
-        changed: dict[str, dict[str, float]] = {}
+        top: dict[str, float] = {}
+        changed, service_of = {TOP: top}, self.service.get
         for client in clients:
+            if "/" not in client:
+                top[client] = service_of(client, 0.0)
+                continue
             for node in path_of(client):
-                group = group_of(node)
-                if group not in changed:
-                    changed[group] = {}
-                changed[group][node] = self.service.get(node, 0.0)
+                changed.setdefault(group_of(node), {})[node] = service_of(node, 0.0)
         for group, service in changed.items():
             self._gaps(group).observe(service, self._queue.is_waiting)
 

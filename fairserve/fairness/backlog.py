@@ -11,14 +11,23 @@ from fairserve.fairness.heaps import in_order
 Item = TypeVar("Item")
 
 
+class _Line:
+    """Of one client: a heap of (place, number, request id), and how many of them still wait."""
+
+    __slots__ = ("heap", "num_waiting")
+
+    def __init__(self) -> None:
+        self.heap: list[tuple[float, int, str]] = []
+        self.num_waiting = 0
+
+
 class Backlog(Generic[Item]):
     """Per-client queues ordered by ``place`` (usually the arrival time), so that a request which comes back takes
     its old place. Push, pop and remove cost O(log n), amortised: a removed request is skipped when it surfaces, and a
     queue that holds mostly removed ones is rebuilt."""
 
     def __init__(self) -> None:
-        self._queues: dict[str, list[tuple[float, int, str]]] = {}
-        self._waiting: dict[str, int] = {}
+        self._lines: dict[str, _Line] = {}
         self._items: dict[str, tuple[str, int, Item]] = {}
         self._num_pushed = 0
 
@@ -33,44 +42,49 @@ class Backlog(Generic[Item]):
 
     def clients(self) -> Iterator[str]:
         """Clients with at least one waiting request."""
-        return iter(self._waiting)
+        return iter(self._lines)
 
     @property
     def num_clients(self) -> int:
-        return len(self._waiting)
+        return len(self._lines)
 
     def has(self, client: str) -> bool:
         """The client has at least one waiting request."""
-        return client in self._waiting
+        return client in self._lines
 
     def num_waiting(self, client: str) -> int:
-        return self._waiting.get(client, 0)
+        line = self._lines.get(client)
+        return 0 if line is None else line.num_waiting
 
     def push(self, client: str, request_id: str, item: Item, place: float) -> None:
         assert request_id not in self._items, f"{request_id} waits already"
         self._num_pushed += 1
         self._items[request_id] = (client, self._num_pushed, item)
-        heapq.heappush(self._queues.setdefault(client, []), (place, self._num_pushed, request_id))
-        self._waiting[client] = self._waiting.get(client, 0) + 1
+        line = self._lines.get(client)
+        if line is None:
+            line = self._lines[client] = _Line()
+        heapq.heappush(line.heap, (place, self._num_pushed, request_id))
+        line.num_waiting += 1
 
     def head(self, client: str) -> tuple[float, Item]:
         """Place and item of the client's first request. The client must wait."""
-        queue = self._queues[client]
-        while not self._is_live(queue[0]):
+        queue, items = self._lines[client].heap, self._items
+        while True:
+            place, number, request_id = queue[0]
+            entry = items.get(request_id)
+            if entry is not None and entry[1] == number:
+                return place, entry[2]
             heapq.heappop(queue)
-        place, _, request_id = queue[0]
-        return place, self._items[request_id][2]
 
     def first_of(self, client: str) -> Iterator[Item]:
         """The client's requests in order; the queue must not change meanwhile."""
-        for _, _, request_id in in_order(self._queues.get(client, []), self._is_live):
+        for _, _, request_id in in_order(self._lines[client].heap if client in self._lines else [], self._is_live):
             yield self._items[request_id][2]
 
     def pop(self, client: str) -> Item:
         """Take out the client's first request. The client must wait."""
         self.head(client)
-        _, _, request_id = heapq.heappop(self._queues[client])
-        return self._leave(request_id)
+        return self._leave(self._lines[client].heap[0][2])
 
     def remove(self, request_id: str) -> Item | None:
         """Take out a request wherever it stands; None when it does not wait."""
@@ -85,17 +99,19 @@ class Backlog(Generic[Item]):
         return item is not None and item[1] == entry[1]
 
     def _leave(self, request_id: str) -> Item:
-        client, _, item = self._items.pop(request_id)
-        self._waiting[client] -= 1
-        if not self._waiting[client]:
-            del self._waiting[client], self._queues[client]
-        elif len(self._queues[client]) > 2 * self._waiting[client] + 64:
-            self._queues[client] = [entry for entry in self._queues[client] if self._is_live(entry)]
-            heapq.heapify(self._queues[client])
+        client, number, item = self._items.pop(request_id)
+        line = self._lines[client]
+        line.num_waiting -= 1
+        if not line.num_waiting:
+            del self._lines[client]
+        elif line.heap[0][1] == number:
+            heapq.heappop(line.heap)
+        elif len(line.heap) > 2 * line.num_waiting + 64:
+            line.heap = [entry for entry in line.heap if self._is_live(entry)]
+            heapq.heapify(line.heap)
         return item
 
     def check(self) -> None:
-        assert sum(self._waiting.values()) == len(self._items)
-        assert self._waiting.keys() == self._queues.keys()
-        for client, queue in self._queues.items():
-            assert sum(self._is_live(entry) for entry in queue) == self._waiting[client]
+        assert sum(line.num_waiting for line in self._lines.values()) == len(self._items)
+        for line in self._lines.values():
+            assert sum(map(self._is_live, line.heap)) == line.num_waiting > 0

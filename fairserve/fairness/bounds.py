@@ -70,10 +70,13 @@ class BoundTracker:
         self._below = 0.0
         self._level = 0.0
 
-    def saw_grant(self, charge: float, owed: float) -> None:
-        """``owed``: output service that the client's granted, unfinished requests may still make, this one included."""
+    def saw_grant(self, charge: float, owed: float, in_flight: float = 0.0) -> None:
+        """``owed``: output service that the client's granted, unfinished requests may still make, this one included;
+        ``in_flight``: as for :meth:`saw_in_flight`."""
         if charge + owed > self._unit:
             self._unit = charge + owed
+        if in_flight > self._in_flight:
+            self._in_flight = in_flight
 
     def saw_in_flight(self, charge: float) -> None:
         """Input charges of one client that no replica has started yet."""

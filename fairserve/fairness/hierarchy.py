@@ -16,19 +16,33 @@ TOP = ""
 """Name of the group of all organisations."""
 
 
-@lru_cache(maxsize=1 << 17)
 def path_of(client: str) -> tuple[str, ...]:
     """The nodes from the top down to the client itself. Groups end with a slash, so that ``acme`` the client and
     ``acme/`` the organisation are two nodes."""
+    return _path_of(client) if "/" in client else (client,)
+
+
+@lru_cache(maxsize=1 << 17)
+def _path_of(client: str) -> tuple[str, ...]:
     parts = client.split("/")
     return (*("/".join(parts[:i]) + "/" for i in range(1, len(parts))), client)
 
 
-@lru_cache(maxsize=1 << 17)
 def group_of(node: str) -> str:
     """The group whose member the node is."""
+    return _group_of(node) if "/" in node else TOP
+
+
+@lru_cache(maxsize=1 << 17)
+def _group_of(node: str) -> str:
     head, slash, _ = node.removesuffix("/").rpartition("/")
     return head + slash
+
+
+def forget_paths() -> None:
+    """Empty the caches: for those who measure memory."""
+    _path_of.cache_clear()
+    _group_of.cache_clear()
 
 
 def is_group(node: str) -> bool:

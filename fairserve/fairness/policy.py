@@ -2,7 +2,7 @@
 
 A policy touches nothing of what it is shown. It names an order among siblings, a lift for one that becomes active, what
 service costs a client, and who may not enter at all. :class:`~fairserve.fairness.queue.FairQueue` and
-``dispatch/dispatcher.py`` carry the answers out, and tell a policy that keeps notes (turns, rates) what happened.
+``dispatch/granting.py`` carry the answers out, and tell a policy that keeps notes (turns, rates) what happened.
 """
 
 from __future__ import annotations

@@ -20,21 +20,38 @@ Amounts = tuple[float, ...]
 """One number per node of a client's path, from the top down."""
 
 
+class Standing:
+    """Of one member that waits: its order now, and the entry of the heap that counts."""
+
+    __slots__ = ("entry", "order")
+
+    def __init__(self, order: Order, member: str) -> None:
+        self.order = order
+        self.entry: Entry = (order, member, self)
+
+    def __lt__(self, other: Standing) -> bool:
+        """Whatever tells two entries apart stands before this."""
+        return False
+
+
+Entry = tuple[Order, str, Standing]
+"""Order, member, standing; the least goes first."""
+
+
 class Siblings:
     """The members of one group, and which of them wait: what a policy is shown.
 
     The order is a heap with one entry that counts for each waiting member, (order, member). The order in it may be an
     earlier, lesser one: it is put right when it surfaces, so that a charge, which moves its client back, costs nothing
-    here. Entries that do not count are skipped.
+    here. Entries that do not count are skipped. An entry leads to the member's standing, so that to surface costs no
+    look into a table.
     """
 
     def __init__(self, queue: FairQueue[Item]) -> None:
         self._queue = queue
-        self._heap: list[tuple[Order, str]] = []
-        self._entries: dict[str, tuple[Order, str]] = {}
-        """The entry that counts, by member."""
-        self.orders: dict[str, Order] = {}
-        """Of the members that wait."""
+        self._heap: list[Entry] = []
+        self.waiting: dict[str, Standing] = {}
+        """The members that wait."""
         self._last_to_leave: str | None = None
         self.num_members = 0
         """That are known, whether they wait or not."""
@@ -53,16 +70,16 @@ class Siblings:
         return self._last_to_leave
 
     def least_served(self) -> str | None:
-        heap, entries, orders = self._heap, self._entries, self.orders
+        heap = self._heap
         while heap:
             entry = heap[0]
-            member = entry[1]
-            if entries.get(member) is not entry:
+            standing = entry[2]
+            if standing.entry is not entry:
                 heapq.heappop(heap)
-            elif (order := orders[member]) == entry[0]:
-                return member
+            elif standing.order == entry[0]:
+                return entry[1]
             else:
-                entry = entries[member] = (order, member)
+                entry = standing.entry = (standing.order, entry[1], standing)
                 heapq.heapreplace(heap, entry)
         return None
 
@@ -71,44 +88,49 @@ class Siblings:
         first = self.least_served()
         if first is None:
             return
-        least = self.orders[first]
-        for order, member in in_order(self._heap, self._counts):
+        least = self.waiting[first].order
+        for order, member, standing in in_order(self._heap, _counts):
             if order != least:
                 return
-            if self.orders[member] == order:
+            if standing.order == order:
                 yield member
 
     # Written by the FairQueue only.
 
     def waits(self, member: str, order: Order) -> None:
-        self.orders[member] = order
-        entry = self._entries.get(member)
-        if entry is not None and entry[0] <= order:
-            return
-        entry = self._entries[member] = (order, member)
-        heapq.heappush(self._heap, entry)
-        if len(self._heap) > 4 * len(self.orders) + 64:
-            self._heap = list(self._entries.values())
+        standing = self.waiting.get(member)
+        if standing is None:
+            standing = self.waiting[member] = Standing(order, member)
+        else:
+            standing.order = order
+            if standing.entry[0] <= order:
+                return
+            standing.entry = (order, member, standing)
+        heapq.heappush(self._heap, standing.entry)
+        if len(self._heap) > 4 * len(self.waiting) + 64:
+            self._heap = [standing.entry for standing in self.waiting.values()]
             heapq.heapify(self._heap)
 
     def leaves(self, member: str) -> None:
-        if self.orders.pop(member, None) is not None:
-            del self._entries[member]
+        standing = self.waiting.pop(member, None)
+        if standing is not None:
+            standing.entry = (standing.order, member, standing)  # none that stands in the heap
             self._last_to_leave = member
 
     def restore_last_to_leave(self, member: str | None) -> None:
         self._last_to_leave = member
 
-    def _counts(self, entry: tuple[Order, str]) -> bool:
-        return self._entries.get(entry[1]) is entry
-
     def check(self) -> None:
-        assert self._entries.keys() == self.orders.keys()
-        assert all(entry[0] <= self.orders[member] for member, entry in self._entries.items())
-        assert sum(map(self._counts, self._heap)) == len(self._entries)
+        standings = self.waiting.items()
+        assert all(one.entry[1:] == (member, one) and one.entry[0] <= one.order for member, one in standings)
+        assert sum(map(_counts, self._heap)) == len(self.waiting)
         first = self.least_served()
         if first is not None:
-            assert (self.orders[first], first) == min((order, name) for name, order in self.orders.items())
+            assert (self.waiting[first].order, first) == min((one.order, name) for name, one in standings)
+
+
+def _counts(entry: Entry) -> bool:
+    return entry[2].entry is entry
 
 
 class FairQueue(Generic[Item]):
@@ -123,7 +145,8 @@ class FairQueue(Generic[Item]):
         self.table = CounterTable()
         self._group_weights = dict(group_weights or {})
         self._backlog: Backlog[Item] = Backlog()
-        self._groups: dict[str, Siblings] = {TOP: Siblings(self)}
+        self._top = Siblings(self)
+        self._groups: dict[str, Siblings] = {TOP: self._top}
         self._under_way: set[str] = set()
         self._moved: set[str] | None = None
         self._before: Callable[[tuple[str, ...]], None] | None = None
@@ -165,6 +188,8 @@ class FairQueue(Generic[Item]):
     def rates(self, client: str, price: float = 1.0) -> Amounts:
         """What one unit of service adds to each counter along the path."""
         weight = self.table.weight
+        if "/" not in client:
+            return (price / weight(client),)
         return tuple([price / weight(node) for node in path_of(client)])
 
     def place(self, node: str) -> float:
@@ -178,7 +203,7 @@ class FairQueue(Generic[Item]):
     def is_waiting(self, node: str) -> bool:
         if self._backlog.has(node):
             return True
-        return is_group(node) and node in self._groups and bool(self._groups[node].orders)
+        return is_group(node) and node in self._groups and bool(self._groups[node].waiting)
 
     def is_under_way(self, client: str) -> bool:
         return client in self._under_way
@@ -198,8 +223,10 @@ class FairQueue(Generic[Item]):
 
     def peek(self) -> Item | None:
         """The request that goes next, or None."""
-        client = self.least_served()
-        return None if client is None else self._backlog.head(client)[1]
+        node = self._top.least_served()
+        while node is not None and node.endswith("/"):
+            node = self._groups[node].least_served()
+        return None if node is None else self._backlog.head(node)[1]
 
     def front(self, num_clients: int, num_requests: int) -> list[Item]:
         """The first ``num_requests`` of each of at most ``num_clients`` clients that have an equal claim to go next;
@@ -303,13 +330,19 @@ class FairQueue(Generic[Item]):
         self.picked(client)
         return item
 
-    def take(self, client: str, request_id: str) -> Item:
-        """Take out one of :meth:`front`: it was picked."""
-        self.touch(client)
+    def pick(self, client: str, request_id: str, service: float, rates: Amounts) -> None:
+        """Take out one of :meth:`front`, and :meth:`charge` its client, in one step."""
+        path, picked, add = path_of(client), self.policy.picked, self.table.add
+        if self._before is not None:
+            self._before(path)
+        if self._moved is not None:
+            self._moved.update(path)
         item = self._backlog.remove(request_id)
         assert item is not None, f"{request_id} does not wait"
-        self.picked(client)
-        return item
+        for node, rate in zip(path, rates, strict=True):
+            picked(node)
+            add(node, service * rate)
+        self._reorder(client)
 
     def picked(self, client: str) -> None:
         """Tell the policy whose turn it was."""
@@ -330,7 +363,8 @@ class FairQueue(Generic[Item]):
     def charge(self, client: str, service: float, rates: Amounts | None = None) -> None:
         """Add ``service`` (negative gives back) times ``rates`` to the counters along the path."""
         path, table = path_of(client), self.table
-        self.touch(client)
+        if self._before is not None:
+            self._before(path)
         if self._moved is not None:
             self._moved.update(path)
         if rates is None:
@@ -340,8 +374,9 @@ class FairQueue(Generic[Item]):
             for node, rate in zip(path, rates, strict=True):
                 table.add(node, service * rate)
         for node in reversed(path):
-            if self.is_waiting(node):
-                self._order(node)
+            siblings = self._groups[group_of(node)]
+            if node in siblings.waiting:
+                siblings.waits(node, self.policy.order(node, siblings))
 
     def set_counter(self, node: str, counter: float) -> None:
         """Of a client or a group; makes it known."""
@@ -392,11 +427,16 @@ class FairQueue(Generic[Item]):
             self._groups[group].restore_last_to_leave(member)
 
     def _reorder(self, client: str) -> None:
+        is_waiting, order = self._backlog.has(client), self.policy.order
         for node in reversed(path_of(client)):
-            if self.is_waiting(node):
-                self._order(node)
-            elif (siblings := self._groups.get(group_of(node))) is not None:
+            siblings = self._groups.get(group_of(node))
+            if siblings is None:  # nobody has heard of the client
+                return
+            if is_waiting:
+                siblings.waits(node, order(node, siblings))
+            else:
                 siblings.leaves(node)
+            is_waiting = bool(siblings.waiting)
 
     def _order(self, node: str) -> None:
         siblings = self._groups[group_of(node)]
@@ -406,11 +446,11 @@ class FairQueue(Generic[Item]):
         self.table.check()
         self._backlog.check()
         waiting = {node for client in self._backlog.clients() for node in path_of(client)}
-        assert {node for siblings in self._groups.values() for node in siblings.orders} == waiting
+        assert {node for siblings in self._groups.values() for node in siblings.waiting} == waiting
         members = Counter(map(group_of, self.table))
         for name, siblings in self._groups.items():
             siblings.check()
             assert siblings.num_members == members[name], name
-            for node, order in siblings.orders.items():
+            for node, standing in siblings.waiting.items():
                 assert group_of(node) == name
-                assert order == self.policy.order(node, siblings), node
+                assert standing.order == self.policy.order(node, siblings), node

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fairserve.dispatch.messages import Totals
 from fairserve.dispatch.recent import RATE_S, SHARE_S, Recent, WindowSums
 
 
@@ -40,7 +39,7 @@ def lively(recent: Recent, seconds: int, *, per_s: dict[str, float]) -> float:
     recent.tick(now_s)
     for tick in range(10 * seconds):
         for client, amount in per_s.items():
-            recent.served("r0", client, Totals(3, 1, 2, amount / 10), amount / 10)
+            recent.served("r0", [(client, amount / 10, amount / 10)], 5)
         now_s = 1_000.0 + (tick + 1) / 10
         recent.tick(now_s)
     return now_s
@@ -68,10 +67,10 @@ def test_a_client_that_is_served_no_more_has_no_rate_and_was_last_seen_then() ->
 def test_the_mean_wait_forgets_with_its_time_constant_and_in_the_end_all() -> None:
     recent = Recent()
     for i in range(100):
-        recent.granted("ann", 10.0, float(i))
+        recent.granted([("ann", 10.0)], float(i))
     assert recent.mean_wait_s("ann", 99.0) == pytest.approx(10)
     for i in range(100):
-        recent.granted("ann", 0.0, 100.0 + i)
+        recent.granted([("ann", 0.0)], 100.0 + i)
     assert recent.mean_wait_s("ann", 199.0) == pytest.approx(10 * 2.718281828 ** (-100 / 30), rel=0.1)
     assert recent.mean_wait_s("ann", 2_000.0) == recent.mean_wait_s("bob", 0.0) == 0
     recent.tick(0.0)

@@ -449,7 +449,7 @@ def test_every_policy_keeps_its_order_true_in_a_tree(policy: str, seed: int) -> 
                 assert front[0] == queue.peek()
                 assert len({client for client, _ in front}) <= 3 and len(front) == len(set(front))
                 taken = rng.choice(front)
-                queue.take(*taken)
+                queue.pick(*taken, rng.randrange(400), queue.rates(taken[0]))
                 waiting.discard(taken[1])
             case 5 if waiting:
                 gone = rng.choice(sorted(waiting))

@@ -81,9 +81,9 @@ def test_the_last_to_leave_is_the_client_whose_last_request_left_most_recently(m
     assert top.last_to_leave is None
     for request_id, client in [("a1", "ann"), ("a2", "ann"), ("b1", "bob")]:
         arrive(queue, client, request_id)
-    queue.take("ann", "a1")
+    queue.pick("ann", "a1", 0.0, (1.0,))
     assert top.last_to_leave is None
-    queue.take("bob", "b1")
+    queue.pick("bob", "b1", 0.0, (1.0,))
     assert top.last_to_leave == "bob"
     queue.remove("a2")
     assert top.last_to_leave == "ann"

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from benchmarks.published import PublishedInteractions, PublishedWsc
-from fairserve.dispatch.dispatcher import Dispatcher
+from fairserve.dispatch.granting import Granting
 from fairserve.dispatch.replica_book import LocalBook
 from fairserve.fairness.baselines import Fcfs, Lcf
 from fairserve.fairness.cost import WeightedTokens
@@ -205,7 +205,7 @@ def test_fifty_long_requests_before_the_first_charge_take_half_of_the_batch() ->
 
 
 def test_without_the_charge_at_the_pick_they_take_all_or_nothing() -> None:
-    with removed(Dispatcher, "_grant", grant_for_nothing):
+    with removed(Granting, "_grant", grant_for_nothing):
         assert sorted(picked_of_fifty().values()) == [0, 50]
 
 

@@ -36,7 +36,8 @@ from tests.toy_cluster import Lossy, Perfect, ToyCluster
 SEEDS = range(20)
 STEPS = 200
 
-grant, requeue, merge, charge = Granting._grant, Stages.requeue, Ledger.merge, FairQueue.charge
+grant, grant_all, requeue = Granting._grant, Granting._grant_all, Stages.requeue
+merge, charge = Ledger.merge, FairQueue.charge
 
 
 # -- what is taken out ------------------------------------------------------------------------------------------------
@@ -73,7 +74,7 @@ def merge_repeats(self: Ledger, report: StepReport, *, as_baseline: bool = False
     return result
 
 
-def dispatch_whatever_fits(self: Granting, now_s: float) -> None:
+def grant_whatever_fits(self: Granting, now_s: float) -> None:
     """Past a head that does not fit, the next client's is tried."""
     state = self._state
 
@@ -88,7 +89,6 @@ def dispatch_whatever_fits(self: Granting, now_s: float) -> None:
 
     while (found := fitting()) is not None:
         waiting, room, need = found
-        state.queue.take(waiting.submit.client, waiting.submit.request_id)
         self._grant(waiting, room, need, now_s)
 
 
@@ -106,19 +106,17 @@ def apply_counters_as_they_are(self: LocalBook[Any], counters: dict[str, float],
         self._queue.set_counter(node, counter)
 
 
-def dispatch_all_then_charge(self: Granting, now_s: float) -> None:
-    state, picked = self._state, []
-    while (waiting := state.placement.next()) is not None:
-        need = state.limits.need_tokens(waiting.submit)
-        room = state.placement.room_for(waiting.submit, need, now_s)
-        if room is None:
-            break
-        state.queue.take(waiting.submit.client, waiting.submit.request_id)
-        state.capacity.reserve(room.name, waiting.submit.request_id, need)
-        picked.append((waiting, room, need))
-    for waiting, room, need in picked:
-        state.capacity.release(room.name, waiting.submit.request_id)
-        self._grant(waiting, room, need, now_s)
+def grant_all_then_charge(self: Granting, now_s: float) -> None:
+    picked = []
+
+    def take(queue: FairQueue[Any], client: str, request_id: str, service: float, rates: Amounts) -> None:
+        queue.remove(request_id)
+        picked.append((client, service, rates))
+
+    with removed(FairQueue, "pick", take):
+        grant_all(self, now_s)
+    for client, service, rates in picked:
+        self._state.queue.charge(client, service, rates)
 
 
 def charge_only_the_client(self: FairQueue[Any], client: str, service: float, rates: Amounts | None = None) -> None:
@@ -133,9 +131,9 @@ PROTECTIONS: dict[str, tuple[type, str, Callable[..., Any], str]] = {
     "lift, somebody waits": (Vtc, "lift", lift_only_when_nobody_waits, "paper"),
     "lift, nobody waits": (Vtc, "lift", lift_only_when_somebody_waits, "hierarchy"),
     "charge at admission": (Granting, "_grant", grant_for_nothing, "cluster"),
-    "no skipping": (Granting, "dispatch", dispatch_whatever_fits, "paper"),
+    "no skipping": (Granting, "_grant_all", grant_whatever_fits, "paper"),
     "own charges on top": (LocalBook, "apply_counters", apply_counters_as_they_are, "late_replies"),
-    "pick and charge in one step": (Granting, "dispatch", dispatch_all_then_charge, "cluster"),
+    "pick and charge in one step": (Granting, "_grant_all", grant_all_then_charge, "cluster"),
     "charges of groups": (FairQueue, "charge", charge_only_the_client, "hierarchy"),
 }
 """Where, what stands there instead, and the family of runs whose bounds need it."""
