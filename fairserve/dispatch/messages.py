@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from operator import attrgetter
+from typing import Any, NamedTuple, TypeVar
 
 from fairserve.errors import Refused
 
 
-@dataclass(frozen=True, slots=True)
-class Totals:
+class Totals(NamedTuple):
     """Tokens and service of one account (a client's application) on one replica since that replica's incarnation began.
 
     ``num_input`` counts every charged input token, ``num_cached`` the part of it that came from the prefix cache,
-    ``num_output`` every generated token; ``service`` is their cost by the replica's cost function.
+    ``num_output`` every generated token; ``service`` is their cost by the replica's cost function. A tuple, because
+    every report carries dozens: they are made, compared and sent in a third of the time.
     """
 
     num_input: int = 0
@@ -21,21 +23,13 @@ class Totals:
     num_output: int = 0
     service: float = 0.0
 
-    def __add__(self, other: Totals) -> Totals:
-        return Totals(
-            self.num_input + other.num_input,
-            self.num_cached + other.num_cached,
-            self.num_output + other.num_output,
-            self.service + other.service,
-        )
+    def __add__(self, other: Totals) -> Totals:  # type: ignore[override]
+        num_input, num_cached, num_output, service = other
+        return Totals(self[0] + num_input, self[1] + num_cached, self[2] + num_output, self[3] + service)
 
     def __sub__(self, other: Totals) -> Totals:
-        return Totals(
-            self.num_input - other.num_input,
-            self.num_cached - other.num_cached,
-            self.num_output - other.num_output,
-            self.service - other.service,
-        )
+        num_input, num_cached, num_output, service = other
+        return Totals(self[0] - num_input, self[1] - num_cached, self[2] - num_output, self[3] - service)
 
     def row(self) -> list[float]:
         """As plain values, in the order of the fields."""
@@ -43,6 +37,66 @@ class Totals:
 
 
 NOTHING = Totals()
+
+
+Message = TypeVar("Message")
+Pack = Callable[[Any], Any]
+
+
+def compact(**packed: tuple[Pack, Pack]) -> Callable[[type[Message]], type[Message]]:
+    """Pickle a message as one tuple of plain values: a pickler calls Python for every object of a class, and for a
+    frozen one with slots for each of its fields. ``packed``: by field, what makes its value plain, and the way back."""
+
+    def compacted(kind: type[Message]) -> type[Message]:
+        names = [one.name for one in fields(kind)]  # type: ignore[arg-type]
+        values_of = attrgetter(*names)
+        ways = [(names.index(name), pack) for name, (pack, _) in packed.items()]
+        _WAYS_BACK[kind] = tuple([(names.index(name), unpack) for name, (_, unpack) in packed.items()])
+
+        def reduce(self: Any) -> tuple[Any, ...]:
+            values = list(values_of(self))
+            for place, pack in ways:
+                values[place] = pack(values[place])
+            return _unpacked, (kind, *values)
+
+        kind.__reduce__ = reduce  # type: ignore[method-assign]
+        return kind
+
+    return compacted
+
+
+_WAYS_BACK: dict[type, tuple[tuple[int, Pack], ...]] = {}
+
+
+def _unpacked(kind: Callable[..., Any], *plain: Any) -> Any:
+    values = list(plain)
+    for place, unpack in _WAYS_BACK[kind]:  # type: ignore[index]
+        values[place] = unpack(values[place])
+    return kind(*values)
+
+
+def _rows(totals: Mapping[str, Totals]) -> dict[str, tuple[float, ...]]:
+    return {account: tuple(total) for account, total in totals.items()}
+
+
+def _totals(rows: Mapping[str, Sequence[Any]]) -> dict[str, Totals]:
+    return {account: Totals(*row) for account, row in rows.items()}
+
+
+def _submit_rows(submits: Sequence[Submit]) -> tuple[tuple[Any, ...], ...]:
+    return tuple([_submit_values(submit) for submit in submits])
+
+
+def _submits(rows: Sequence[Sequence[Any]]) -> tuple[Submit, ...]:
+    return tuple([Submit(*row) for row in rows])
+
+
+def _grant_rows(grants: Sequence[Grant]) -> tuple[tuple[Any, ...], ...]:
+    return tuple([tuple(grant) for grant in grants])
+
+
+def _grants(rows: Sequence[Sequence[Any]]) -> tuple[Grant, ...]:
+    return tuple([Grant(*row) for row in rows])
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +128,10 @@ class Submit:
     """The traceparent of the router's span, below which the actor's own belongs; "" when the request is not traced."""
 
 
-@dataclass(frozen=True, slots=True)
-class Grant:
+_submit_values = attrgetter(*(one.name for one in fields(Submit)))
+
+
+class Grant(NamedTuple):
     """Actor -> router: send this request to that replica."""
 
     request_id: str
@@ -97,6 +153,7 @@ class Refusal:
     """Of a request that had been accepted: as ``Grant.seq``. 0: refused at once, in the reply to its call."""
 
 
+@compact(submits=(_submit_rows, _submits))
 @dataclass(frozen=True, slots=True)
 class RouterCall:
     """Router -> actor. One call in flight; a repeat carries the same ``seq`` and changes nothing."""
@@ -124,6 +181,7 @@ class RouterCall:
     """The newest ``seq`` of a grant or late refusal of this epoch that arrived here."""
 
 
+@compact(grants=(_grant_rows, _grants))
 @dataclass(frozen=True, slots=True)
 class RouterReply:
     """Actor -> router, to a submit or a poll."""
@@ -135,6 +193,7 @@ class RouterReply:
     """The actor does not know this router's waiting requests (restart): submit all of them again."""
 
 
+@compact(totals=(_rows, _totals))
 @dataclass(frozen=True, slots=True)
 class StepReport:
     """Replica -> actor: cumulative totals, so that loss, repeats and reordering change nothing.
@@ -177,6 +236,7 @@ class StepReport:
     """Accounts that are over since the last acknowledged report: this incarnation never reports on them again."""
 
 
+@compact()
 @dataclass(frozen=True, slots=True)
 class ReportReply:
     """Actor -> replica."""
