@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ def claims(fcfs: Figures, vtc: Figures) -> list[Claim]:
 
 
 def tokens_claim(pairs: Sequence[tuple[float, float]]) -> Claim:
-    """The ratio of tokens/s over (FCFS, VTC) pairs; the median and, of several, the spread."""
+    """The ratio of tokens/s over (FCFS, VTC) pairs; the median and, of several, each one and an interval for it."""
     ratios = [vtc / max(fcfs, 1e-9) for fcfs, vtc in pairs]
     ratio = statistics.median(ratios)
     if len(pairs) == 1:
@@ -73,7 +74,22 @@ def tokens_claim(pairs: Sequence[tuple[float, float]]) -> Claim:
     else:
         each = ", ".join(f"{one:.1%}" for one in ratios)
         text = f"tokens/s of VTC over FCFS, {len(pairs)} alternating pairs: median {ratio:.1%} of {each}"
+        interval = median_interval(ratios)
+        if interval is not None:
+            low, high, confidence = interval
+            text += f"; the true median within {low:.1%} to {high:.1%} ({confidence:.0%} confidence)"
     return Claim(f"{text} (promised: {MIN_TOKENS_RATIO:.0%})", kept=ratio >= MIN_TOKENS_RATIO)
+
+
+def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float] | None:
+    """The narrowest interval between two ranks, as many from either end, that holds the true median with at least this
+    confidence, and the confidence that it has; whatever the distribution. None for too few values (six for 95 %)."""
+    ordered, num = sorted(values), len(values)
+    for rank in range(num // 2, 0, -1):
+        below = sum(math.comb(num, i) for i in range(rank)) / 2**num
+        if 1 - 2 * below >= confidence:
+            return ordered[rank - 1], ordered[num - rank], 1 - 2 * below
+    return None
 
 
 def _gap_text(figures: Figures) -> str:

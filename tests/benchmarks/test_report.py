@@ -14,7 +14,7 @@ from benchmarks import demo
 from benchmarks.chart import draw
 from benchmarks.load import Record, Run
 from benchmarks.measures import PolicyRun, Quantile, figures_of, quantile, queueing, service_curve, time_to_first_token
-from benchmarks.table import claims, policy_table, tokens_claim
+from benchmarks.table import claims, median_interval, policy_table, tokens_claim
 from benchmarks.workload import CLIENTS, GREEDY, ON_OFF, STEADY
 
 
@@ -126,3 +126,13 @@ def test_the_report_writes_chart_and_data_and_says_whether_all_was_kept(tmp_path
     assert data["settings"] == {"seed": 5}
     assert "2 alternating pairs" in console.export_text()
     assert not demo.report([run_of("fcfs", 1.0), run_of("vtc", 1.0)], {}, console, tmp_path)
+
+
+def test_the_interval_of_a_median_leaves_out_as_many_at_either_end_as_its_confidence_allows() -> None:
+    ratios = [0.90, 0.97, 0.98, 0.99, 1.0, 1.0, 1.01, 1.02, 1.03, 1.2]
+    low, high, confidence = median_interval(ratios) or (0.0, 0.0, 0.0)
+    assert (low, high) == (0.97, 1.03), "of ten values the second and the ninth"
+    assert confidence == pytest.approx(1 - 2 * 11 / 1024)
+    claim = tokens_claim([(100.0, 100 * ratio) for ratio in ratios])
+    assert "97.0% to 103.0% (98% confidence)" in claim.text
+    assert median_interval(ratios[:5]) is None and "confidence" not in tokens_claim([(1.0, 1.0)] * 2).text
