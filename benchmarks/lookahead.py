@@ -37,7 +37,10 @@ async def measure(load: Load, actor: Any, seconds: float) -> dict[str, float]:
         used = []
         while time.monotonic() - began < seconds:
             replicas = (await status())["replicas"].values()
-            used.append(sum(r["running"] for r in replicas) / sum(r["max_slots"] for r in replicas))
+            # A report tells of the moment after a step: what waits at the replica takes the slots of those that just
+            # ended before the next step begins.
+            busy = sum(min(r["max_slots"], r["running"] + r["waiting"]) for r in replicas)
+            used.append(busy / sum(r["max_slots"] for r in replicas))
             await asyncio.sleep(SAMPLE_S)
         last, took_s = await status(), time.monotonic() - began
     tokens = sum(
