@@ -332,3 +332,22 @@ def test_an_idle_authority_says_so(desk: Desk) -> None:
     assert desk.dispatcher.is_idle
     desk.replica()
     assert not desk.dispatcher.is_idle
+
+
+def test_whoever_is_granted_its_last_request_waits_no_more(desk: Desk) -> None:
+    desk.router().call(submit("a", "ann"), submit("b", "bob"), submit("c", "bob"))
+    desk.replica(slots=2)
+    assert desk.dispatcher.num_granted == 2
+    assert set(desk.dispatcher.recent._waiting_since) == {"bob"}
+
+
+def test_retry_after_goes_by_how_fast_the_clients_own_requests_are_granted(make_desk: MakeDesk) -> None:
+    desk = make_desk(max_waiting_per_client=1)
+    router = desk.router()
+    router.call(submit("a", "ann"))
+    desk.replica(slots=1)
+    desk.wait(15.0)
+    router.call(submit("a1", "ann"), submit("a2", "ann"), submit("e1", "eve"), submit("e2", "eve"))
+    after_s = {request_id: error.retry_after_s for request_id, error in router.refused.items()}
+    assert after_s["e2"] == 5.0, "nothing of it was ever granted"
+    assert after_s["a2"] > 10.0, "one in 15 s"

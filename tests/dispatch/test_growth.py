@@ -104,3 +104,9 @@ def test_replicas_that_come_and_go_leave_nothing_but_their_accounts(desk: Desk) 
         desk.wait(21.0)
     d = desk.dispatcher
     assert (len(d.capacity), len(d.leases._on), len(d.bounds._unmerged), d.num_routers) == (0, 0, 0, 0)
+
+
+def test_a_client_that_only_a_report_names_may_be_forgotten_like_any_other(desk: Desk) -> None:
+    desk.replica().report(served={"stranger": (10, 1)})
+    assert "stranger" in desk.dispatcher.queue.table
+    assert not desk.dispatcher.state.idlers.overlooked()
