@@ -35,7 +35,7 @@ class Granting:
     def _grant_all(self, now_s: float) -> None:
         state, placement = self._state, self._state.placement
         num_refused = 0
-        while (waiting := placement.next()) is not None:
+        while (waiting := placement.next(now_s)) is not None:
             submit = waiting.submit
             need = state.limits.need_tokens(submit)
             room = placement.room_for(submit, need, now_s)

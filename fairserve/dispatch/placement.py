@@ -16,8 +16,9 @@ from fairserve.fairness.queue import FairQueue
 
 LOOKED_AT = 256
 """Requests of the most served client, the youngest, among which one that would give way is looked for."""
-MATCHED_REQUESTS = 4
-"""Requests of one client whose prefixes are matched, where the policy looks at prefixes."""
+MATCHED = 256
+"""Requests whose prefixes are matched for a grant, where the policy looks at prefixes: the first ones of the clients
+that have an equal claim, as many of each. Of as many clients as the policy's window holds: one of each."""
 
 
 class Placement:
@@ -35,19 +36,32 @@ class Placement:
         self._prefixes = PrefixMap(limits.prefix_block_tokens)
         self._most_served = None if limits.preempt_gap is None else MostServed(queue, leases, watch)
 
-    def next(self) -> Waiting | None:
-        """The head of the policy's order or, where it leaves a choice, the one whose prompt is cached the most."""
-        if not self.looks_at_prefixes:
-            return self._queue.peek()
-        window = self._queue.policy.window
-        longest, most = None, -1
-        for waiting in self._queue.front(window, MATCHED_REQUESTS):
-            prefix = waiting.submit.prefix
-            if len(prefix) * self._limits.prefix_block_tokens > most:
-                num_matched = self._prefixes.num_longest(prefix)
-                if num_matched > most:
-                    longest, most = waiting, num_matched
-        return longest
+    def next(self, now_s: float) -> Waiting | None:
+        """The head of the policy's order or, where it leaves a choice, the one of whose prompt most is cached where
+        there is most room now: what is cached where there is none helps nobody. Of those that fit there, if any does.
+
+        A request is passed over by later ones of its client as long as it has not waited twice as long as they.
+        """
+        window, queue = self._queue.policy.window, self._queue
+        roomiest = self._capacity.best_for(1, now_s) if self.looks_at_prefixes else None
+        if roomiest is None:
+            return queue.peek()
+        num_clients = queue.backlog.num_clients
+        if not num_clients:
+            return None
+        num_known, need_tokens = self._prefixes.num_known, self._limits.need_tokens
+        first, longest, most, head = None, None, -1, None
+        for waiting in queue.front(window, MATCHED // num_clients if num_clients < window else 1):
+            submit = waiting.submit
+            if head is None or head.submit.client != submit.client:
+                head = waiting
+                first = first or waiting
+            may_overtake = waiting.arrived_s - head.arrived_s <= now_s - waiting.arrived_s
+            if may_overtake and need_tokens(submit) <= roomiest.room_tokens:
+                known = num_known(submit.prefix, roomiest.name, most)
+                if known > most:
+                    longest, most = waiting, known
+        return longest or first
 
     def room_for(self, submit: Submit, need: int, now_s: float) -> ReplicaRoom | None:
         """Of the roomiest replica and those that know the beginning of the prompt (or all, where the policy looks
@@ -56,13 +70,13 @@ class Placement:
         roomiest = capacity.best_for(need, now_s)
         if roomiest is None or not self.looks_at_prefixes:
             return roomiest
-        matched = self._prefixes.longest(submit.prefix)
+        prefix, num_known = submit.prefix, self._prefixes.num_known
         rooms = {roomiest.name: roomiest}
-        known = capacity if policy.looks_everywhere else map(capacity.get, matched)
+        known = capacity if policy.looks_everywhere else map(capacity.get, self._prefixes.holders(prefix))
         for room in known:
             if room is not None and capacity.can_hold(room, need, now_s):
                 rooms[room.name] = room
-        places = [Place(name, matched.get(name, 0), room.num_requests) for name, room in sorted(rooms.items())]
+        places = [Place(name, num_known(prefix, name), room.num_requests) for name, room in sorted(rooms.items())]
         chosen = policy.choose_replica(submit.client, places)
         if chosen is None:
             chosen = max(places, key=lambda place: (place.num_matched, place.replica == roomiest.name)).replica

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from hashlib import blake2b
 
 
@@ -56,28 +56,24 @@ class PrefixMap:
             block, _ = mine.popitem(last=False)
             self._gone(block, replica)
 
+    def holders(self, prefix: Sequence[int]) -> Collection[str]:
+        """Replicas that know the beginning of a prompt; in no order. To look at."""
+        return self._at.get(prefix[0], ()) if prefix else ()
+
     def longest(self, prefix: Sequence[int]) -> Mapping[str, int]:
         """replica -> leading prompt tokens known there, for the replicas that know any."""
-        matched: dict[str, int] = {}
-        alive: set[str] | None = None
-        for i, block in enumerate(prefix):
-            at = self._at.get(block)
-            alive = at if alive is None else alive & at if at else None
-            if not alive:
-                break
-            for replica in alive:
-                matched[replica] = (i + 1) * self._block_tokens
-        return matched
+        return {replica: self.num_known(prefix, replica) for replica in self.holders(prefix)}
 
-    def num_longest(self, prefix: Sequence[int]) -> int:
-        """Leading tokens known at the replica that knows most. O(log n): a block known anywhere was granted together
-        with all before it, and of one prompt the first blocks are forgotten last."""
-        if not prefix or prefix[0] not in self._at:
+    def num_known(self, prefix: Sequence[int], replica: str, beyond: int = 0) -> int:
+        """Leading tokens known at one replica; 0 for not more than ``beyond`` of them, which takes one look. O(log n):
+        of one prompt the first blocks are forgotten last."""
+        known = self._of.get(replica, ())
+        low, high = max(0, beyond) // self._block_tokens + 1, len(prefix)
+        if low > high or prefix[low - 1] not in known:
             return 0
-        low, high = 1, len(prefix)
         while low < high:
             middle = (low + high + 1) // 2
-            if prefix[middle - 1] in self._at:
+            if prefix[middle - 1] in known:
                 low = middle
             else:
                 high = middle - 1

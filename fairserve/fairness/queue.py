@@ -232,6 +232,8 @@ class FairQueue(Generic[Item]):
         """The first ``num_requests`` of each of at most ``num_clients`` clients that have an equal claim to go next;
         the first entry is :meth:`peek`'s."""
         clients = islice(self._equals(TOP), num_clients)
+        if num_requests == 1:
+            return [self._backlog.head(client)[1] for client in clients]
         return [item for client in clients for item in islice(self._backlog.first_of(client), num_requests)]
 
     def _equals(self, group: str) -> Iterator[str]:

@@ -102,7 +102,10 @@ def test_the_map_answers_as_brute_force_does(seed: int, capacity_blocks: int) ->
         asked = a_prompt(rng)
         expected = plain.longest(asked)
         assert found.longest(asked) == expected
-        assert found.num_longest(asked) == max(expected.values(), default=0)
+        for replica in "rst":
+            num, beyond = expected.get(replica, 0), rng.randrange(-1, 5 * BLOCK)
+            assert found.num_known(asked, replica) == num
+            assert found.num_known(asked, replica, beyond) == (num if num > beyond else 0)
 
 
 def test_a_replica_that_holds_less_than_a_prompt_keeps_its_beginning() -> None:
@@ -117,7 +120,7 @@ def test_asking_changes_nothing_and_strangers_are_known_nowhere() -> None:
     for _ in range(3):
         assert found.longest((1, 2, 9)) == {"r": 32}
         assert found.longest((7,)) == {} and found.longest(()) == {}
-        assert found.num_longest(()) == found.num_longest((7, 8)) == 0
+        assert found.num_known((), "r") == found.num_known((7, 8), "r") == found.num_known((1,), "s") == 0
     found.forget("nobody")
     found.check()
 
@@ -219,6 +222,41 @@ def test_vtc_looks_at_no_prefix(make_scene: Callable[..., Scene]) -> None:
     scene = make_scene("vtc")
     scene.remember("r0", blocks("long", 8))
     assert scene.order(submit("a", "ann"), submit("b", "bob", prefix=blocks("long", 8))) == ["a", "b"]
+
+
+@pytest.mark.parametrize("policy", ["dlpm", "d2lpm"])
+def test_what_is_cached_where_there_is_no_room_makes_nobody_first(
+    make_scene: Callable[..., Scene], policy: str
+) -> None:
+    scene = make_scene(policy, quantum=1_000.0)
+    scene.desk.replica("full", slots=1).report(free_slots=0)
+    scene.remember("full", blocks("elsewhere", 8))
+    scene.remember("r0", blocks("here", 2))
+    order = scene.order(
+        submit("a", "ann", prefix=blocks("elsewhere", 8)),
+        submit("b", "bob", prefix=blocks("here", 8)),
+    )
+    assert order == ["b", "a"]
+
+
+def test_of_equals_one_that_fits_goes_before_one_that_does_not(make_scene: Callable[..., Scene]) -> None:
+    scene = make_scene(quantum=1_000.0)
+    scene.desk.replica("r0", kv=100)
+    scene.router.call(submit("a-large", "ann", num_input=150), submit("b-small", "bob", num_input=20))
+    assert list(scene.router.granted) == ["b-small"]
+
+
+def test_a_request_that_has_waited_twice_as_long_is_not_passed_over(make_scene: Callable[..., Scene]) -> None:
+    scene = make_scene(quantum=1_000.0)
+    replica = scene.desk.replica("r0", slots=1)
+    replica.report(free_slots=0)
+    scene.remember("r0", blocks("loved", 8))
+    scene.router.call(submit("old", "ann"))
+    scene.desk.clock.advance(3.0)
+    scene.router.call(submit("young", "ann", prefix=blocks("loved", 8)))
+    scene.desk.clock.advance(2.0)
+    replica.report()
+    assert list(scene.desk.dispatcher.leases) == ["old"]
 
 
 @pytest.mark.parametrize("policy", ["dlpm", "d2lpm"])

@@ -177,7 +177,7 @@ def test_when_no_replica_has_room_nobody_is_picked(monkeypatch: pytest.MonkeyPat
     def fail(*_: object) -> None:
         raise AssertionError("matched although nothing can be placed")
 
-    monkeypatch.setattr(PrefixMap, "num_longest", fail)
+    monkeypatch.setattr(PrefixMap, "num_known", fail)
     crowd.dispatcher.dispatch(crowd.now_s)
     crowd.dispatcher.queue.policy = NoVtc()
     crowd.dispatcher.dispatch(crowd.now_s)
@@ -188,13 +188,14 @@ def test_prompts_that_could_not_be_the_longest_match_are_not_matched(monkeypatch
     for _ in range(6):
         crowd.run(0)  # in the end every client's prefix is known somewhere
     matched: list[object] = []
-    num_longest = PrefixMap.num_longest
+    num_known = PrefixMap.num_known
 
-    def counted(self: PrefixMap, prefix: tuple[int, ...]) -> int:
-        matched.append(prefix)
-        return num_longest(self, prefix)
+    def counted(self: PrefixMap, prefix: tuple[int, ...], replica: str, beyond: int = 0) -> int:
+        num = num_known(self, prefix, replica, beyond)
+        matched.extend([prefix] * (num > 0))  # else it took one look
+        return num
 
-    monkeypatch.setattr(PrefixMap, "num_longest", counted)
+    monkeypatch.setattr(PrefixMap, "num_known", counted)
     before = crowd.dispatcher.num_granted
     crowd.grant()
     assert len(matched) <= 3 * (crowd.dispatcher.num_granted - before)
