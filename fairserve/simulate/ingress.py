@@ -12,6 +12,7 @@ from functools import partial
 from typing import Protocol
 
 from fairserve.dispatch.messages import Grant, RouterReply
+from fairserve.dispatch.prefixes import PrefixMap
 from fairserve.dispatch.router_book import RouterBook
 from fairserve.errors import Refused
 from fairserve.fairness.deficit import D2lpm
@@ -19,8 +20,13 @@ from fairserve.fairness.policy import Place
 from fairserve.simulate.authority import Authority
 from fairserve.simulate.live import Live
 from fairserve.simulate.network import RETRY_S, Link, Network
+from fairserve.simulate.records import PREFIX_BLOCK
 from fairserve.simulate.replica import SimReplica
 from fairserve.simulate.setup import ClusterSetup
+
+MIN_MATCH = 0.5
+"""Placement longest_prefix: part of a prompt that must be known somewhere to be followed. Without a threshold whoever
+shares a first block with everybody is sent where everybody is."""
 
 
 class Surroundings(Protocol):
@@ -160,7 +166,13 @@ class DirectRouter:
         self._cost = cluster.setup.cost
         self._num_sent = 0
         self._d2lpm = D2lpm(replica_quantum=cluster.setup.replica_quantum)
-        placements = {"round_robin": self._next, "least_loaded": self._least_loaded, "d2lpm": self._nearest}
+        self._sent = PrefixMap(PREFIX_BLOCK)
+        placements = {
+            "round_robin": self._next,
+            "least_loaded": self._least_loaded,
+            "d2lpm": self._nearest,
+            "longest_prefix": self._longest_prefix,
+        }
         self._choose = placements[cluster.setup.placement]
 
     def arrive(self, live: Live) -> None:
@@ -188,6 +200,16 @@ class DirectRouter:
 
     def _least_loaded(self, live: Live, replicas: Sequence[SimReplica]) -> SimReplica:
         return min(replicas, key=lambda replica: replica.num_sent)
+
+    def _longest_prefix(self, live: Live, replicas: Sequence[SimReplica]) -> SimReplica:
+        one = live.record.arrival
+        matched = self._sent.longest(one.prefix)
+        most = max(matched.values(), default=0)
+        if most >= MIN_MATCH * one.num_input:
+            replicas = [replica for replica in replicas if matched.get(replica.name, 0) == most] or replicas
+        chosen = self._least_loaded(live, replicas)
+        self._sent.granted(chosen.name, one.prefix, chosen.setup.prefix_cache_tokens)
+        return chosen
 
     def _nearest(self, live: Live, replicas: Sequence[SimReplica]) -> SimReplica:
         one = live.record.arrival

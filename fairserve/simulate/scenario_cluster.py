@@ -66,7 +66,7 @@ class ClusterConfig(Strict):
     """fairserve: this project's continuous batching. paper: the engine that VTC was measured on, one replica."""
     placement: Placement = "central"
     """central: requests wait at the authority. The others push each one at once to a replica, whose own queue orders
-    it: round_robin, least_loaded, d2lpm."""
+    it: round_robin, least_loaded, d2lpm, longest_prefix."""
     replicas: Annotated[tuple[ReplicaConfig, ...], Field(min_length=1)] = (ReplicaConfig(),)
     """A number of equal replicas, or a list of tables."""
     kv_tokens: PositiveInt = 10_000

@@ -17,10 +17,12 @@ from fairserve.fairness.cost import CostFunction, WeightedTokens
 from fairserve.fairness.policy import Policy
 from fairserve.simulate.records import Arrival
 
-Placement = Literal["central", "round_robin", "least_loaded", "d2lpm"]
+Placement = Literal["central", "round_robin", "least_loaded", "d2lpm", "longest_prefix"]
 """central: fairserve, requests wait at the authority. The others push each request at once to a replica, whose own
 queue orders it by its own counters; nobody shares anything. round_robin: each ingress in turn. least_loaded: fewest
-requests. d2lpm: longest cached prefix, with a deficit per client and replica (arXiv 2501.14312, algorithm 2)."""
+requests. d2lpm: longest cached prefix, with a deficit per client and replica (arXiv 2501.14312, algorithm 2).
+longest_prefix: where most of the prompt was sent before, if that is at least half of it, else fewest requests: what
+routers that look at prefixes alone do, SGLang's among them."""
 
 FaultKind = Literal["replica_crash", "replica_return", "actor_crash", "partition", "heal"]
 

@@ -316,6 +316,20 @@ def test_d2lpm_keeps_prefixes_where_they_are() -> None:
     assert hits["far"] < 30
 
 
+def test_a_router_that_looks_at_prefixes_alone_follows_only_what_is_half_of_the_prompt() -> None:
+    shared, own = (7,), [tuple(range(100 * i, 100 * i + 19)) for i in range(1, 5)]
+    arrivals = [
+        one(f"r{i}", "ann", i // 4 * 2.0, num_input=330, num_output=2, prefix=(*shared, *own[i % 4])) for i in range(16)
+    ]
+    replica = replace(REPLICA, prefix_cache_tokens=1_000)
+    setup = cluster(num_replicas=2, replica=replica, placement="longest_prefix")
+    run = simulate(setup, arrivals, check=True)
+    where = [request.replica for request in run.requests]
+    assert sorted(where[:4]) == ["replica-0"] * 2 + ["replica-1"] * 2, "the block that all share draws nobody"
+    assert where[4:] == where[:4] * 3, "everybody goes back to where it was"
+    assert [request.num_cached for request in run.requests[4:]] == [320] * 12
+
+
 def test_reporting_seldom_makes_the_counters_stale() -> None:
     arrivals = [a for client in ("ann", "bob") for a in stream(client, 20, 0.1, num_output=100, max_output=100)]
     often, seldom = (
