@@ -33,10 +33,13 @@ class Products(NamedTuple):
 
     linear: type[PackedLinear] | type[Int8Linear]
     gate: type[PackedGate] | type[Int8Gate]
+    folds: bool
+    """Norms' weights go into the products."""
 
 
-FLOAT32 = Products(PackedLinear, PackedGate)
-INT8 = Products(Int8Linear, Int8Gate)
+FLOAT32 = Products(PackedLinear, PackedGate, folds=True)
+INT8 = Products(Int8Linear, Int8Gate, folds=False)
+"""Not folded: norms' weights make the largest inputs smaller, which leaves more of the 8 bits for the others."""
 
 
 class Output(NamedTuple):
@@ -71,7 +74,7 @@ class FusedDecoder(nn.Module):
         for layer in core.layers:
             self.layers.append(_FusedLayer(layer, windows or getattr(layer.self_attn, "sliding_window", None), kinds))
             release(layer.modules(), kept=())
-        self._eps, scale = _folded(core.norm)
+        self._norm, scale = _norm(core.norm, kinds)
         head = model.lm_head
         self.head = kinds.linear(head.weight * scale, head.bias)
         if head.weight is not self.embedding.weight:
@@ -89,7 +92,7 @@ class FusedDecoder(nn.Module):
         turns = torch.complex(cos[0, :, :half], sin[0, :, :half]).unsqueeze(1)
         for layer in self.layers:
             x = layer(x, turns)
-        return Output(self.head(_normed(x[logits_to_keep], self._eps)).unsqueeze(0))
+        return Output(self.head(self._norm(x[logits_to_keep])).unsqueeze(0))
 
 
 class _FusedLayer(nn.Module):
@@ -115,7 +118,7 @@ class _FusedLayer(nn.Module):
         k_rows = (torch.arange(kv_heads).unsqueeze(1) * self._dim + pairs).flatten()
         o_columns = (heads.unsqueeze(1) * self._dim + torch.arange(self._dim)).flatten()
         q, k, v, o = (getattr(attention, f"{name}_proj") for name in "qkvo")
-        self._eps, scale = _folded(layer.input_layernorm)
+        self._norm, scale = _norm(layer.input_layernorm, kinds)
         weight = torch.cat([q.weight[q_rows], k.weight[k_rows], v.weight]) * scale
         bias = None
         if q.bias is not None:  # all three of these models' or none
@@ -124,19 +127,19 @@ class _FusedLayer(nn.Module):
         self._o = linear(o.weight[:, o_columns], o.bias)
         self._head_norm: Tensor | None = None
         if hasattr(attention, "q_norm"):
-            self._head_eps, q_scale = _folded(attention.q_norm)
-            _, k_scale = _folded(attention.k_norm)
+            self._head_eps, q_scale = _parts(attention.q_norm)
+            _, k_scale = _parts(attention.k_norm)
             self._head_norm = torch.cat(
                 [q_scale[pairs].expand(self._heads, -1), k_scale[pairs].expand(kv_heads, -1)]
             ).contiguous()
-        self._mlp_eps, scale = _folded(layer.post_attention_layernorm)
+        self._mlp_norm, scale = _norm(layer.post_attention_layernorm, kinds)
         gate, up = mlp.gate_proj, mlp.up_proj
         self._gated = kinds.gate(gate.weight * scale, gate.bias, up.weight * scale, up.bias)
         self._down = linear(mlp.down_proj.weight, mlp.down_proj.bias)
 
     def forward(self, x: Tensor, turns: Tensor) -> Tensor:
         """``x`` [T, hidden], ``turns`` complex [T, 1, dim / 2]."""
-        rows = self._qkv(_normed(x, self._eps)).view(x.shape[0], -1, self._dim)
+        rows = self._qkv(self._norm(x)).view(x.shape[0], -1, self._dim)
         turned = rows[:, : self._turned]
         if self._head_norm is not None:
             turned.div_(_length(turned, self._head_eps)).mul_(self._head_norm)
@@ -149,18 +152,32 @@ class _FusedLayer(nn.Module):
             attachment.observer.saw(self, self.layer_idx, key, value, self._window)
         seen = cache.attend_rows(self.layer_idx, rows, self._heads, self._scale, self._window)
         x = self._o.plus(seen, x)
-        y: Tensor = self._down.plus(self._gated(_normed(x, self._mlp_eps)), x)
+        y: Tensor = self._down.plus(self._gated(self._mlp_norm(x)), x)
         return y
 
 
-def _folded(norm: Any) -> tuple[Tensor, Tensor]:
-    """What is left of an RMSNorm: sqrt(n eps), and the weight [n] times sqrt(n) for the products that follow."""
+class _Norm(nn.Module):
+    """RMSNorm without its weight, or with it."""
+
+    def __init__(self, eps: Tensor, weight: Tensor | None) -> None:
+        super().__init__()
+        self._eps, self._weight = eps, weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x / _length(x, self._eps)
+        return y if self._weight is None else y.mul_(self._weight)
+
+
+def _norm(norm: Any, kinds: Products) -> tuple[_Norm, Tensor | float]:
+    """The norm, and what it leaves to the columns of the products that follow."""
+    eps, weight = _parts(norm)
+    return (_Norm(eps, None), weight) if kinds.folds else (_Norm(eps, weight), 1.0)
+
+
+def _parts(norm: Any) -> tuple[Tensor, Tensor]:
+    """sqrt(n eps), and the weight [n] times sqrt(n)."""
     size = norm.weight.shape[0]
     return torch.tensor((size * norm.variance_epsilon) ** 0.5), norm.weight * size**0.5
-
-
-def _normed(x: Tensor, eps: Tensor) -> Tensor:
-    return x / _length(x, eps)
 
 
 def _length(x: Tensor, eps: Tensor) -> Tensor:

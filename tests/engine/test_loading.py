@@ -36,9 +36,9 @@ def test_a_local_folder_loads_with_tokenizer_and_all_its_ends(folder):
     assert loaded.kv_bytes_per_token == 2 * 2 * 2 * 8 * 4  # layers, keys and values, KV heads, dim, bytes
 
 
-def test_the_default_on_a_cpu_packs_and_still_equals_generate(folder):
+def test_the_default_on_a_cpu_fuses_and_still_equals_generate(folder):
     loaded = load_model(str(folder), CONFIG)
-    assert type(loaded.model.lm_head).__name__ == "PackedLinear"
+    assert type(loaded.model).__name__ == "FusedDecoder"
     driver = drive(loaded)
     driver.add(request("r", prompt_of(20), max_tokens=10))
     driver.run()
