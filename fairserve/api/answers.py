@@ -65,7 +65,7 @@ class Answer(ABC):
         """OpenAI's usage: a prompt counts once however many choices it has.
 
         The client's counter is charged for what is computed, which is the prompt of every sequence: n = 3 costs three
-        prompts there, less what a prefix cache holds once there is one.
+        prompts there, less what the prefix cache held when each began. Cached are those of the first choice.
         """
         requests, n = self._job.requests, self._job.n
         num_prompt = sum(request.num_input for request in requests[::n])

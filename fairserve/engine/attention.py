@@ -84,8 +84,12 @@ class LayerCaches:
 
     def copy(self, runs: Sequence[tuple[int, int, int]]) -> None:
         dim = self.slot_dim
+        sources = {slot for source, _, length in runs for slot in range(source, source + length)}
+        is_apart = all(sources.isdisjoint(range(slot, slot + length)) for _, slot, length in runs)
         for tensor in (*self._keys.values(), *self._values.values()):
-            read = [tensor.narrow(dim, source, length).clone() for source, _, length in runs]
+            read = [tensor.narrow(dim, source, length) for source, _, length in runs]
+            if not is_apart:
+                read = [rows.clone() for rows in read]
             for (_, slot, length), rows in zip(runs, read, strict=True):
                 tensor.narrow(dim, slot, length).copy_(rows)
 

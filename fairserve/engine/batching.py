@@ -205,12 +205,12 @@ class Batcher:
             self._num_cached_tokens,
         )
 
-    def commit(self, plan: StepPlan, sampled: Mapping[str, int], failed: Collection[str] = ()) -> list[Sequence]:
-        """Book a step that was run. ``sampled``: the new token of each request whose chunk samples. ``failed``: whose
-        keys and values nobody may use.
+    def commit(self, plan: StepPlan, sampled: Mapping[str, int]) -> list[Sequence]:
+        """Book a step that was run. ``sampled``: the new token of each request whose chunk samples.
 
         Returns the sequences that got a token. A request that samples and is not in ``sampled`` has failed: the
-        caller finishes it. Requests that left since the plan are passed over.
+        caller finishes it, and lets ``KVBlocks`` forget what it holds. Requests that left since the plan are passed
+        over.
         """
         self._budget.went_well()
         grown = []
@@ -221,7 +221,7 @@ class Batcher:
             if sequence is None:
                 continue
             end = sequence.num_computed = chunk.end
-            if end // block_size > sequence.num_stored and chunk.request_id not in failed:
+            if end // block_size > sequence.num_stored:
                 self._store(sequence)
             if sequence.num_input_computed < sequence.num_input:
                 sequence.num_input_computed = max(sequence.num_input_computed, min(end, sequence.num_input))
@@ -360,7 +360,7 @@ class Batcher:
         request_id = sequence.request.request_id
         del self._running[request_id]
         self._kv.free(request_id)
-        sequence.num_computed = sequence.num_stored = 0
+        sequence.num_computed = 0
         self._preempted[request_id] = sequence
 
     def _admit(self) -> Sequence | None:

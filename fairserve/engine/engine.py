@@ -229,7 +229,7 @@ class Engine:
         """Book a step that was run. A request that it failed on is charged for its part of it: it was computed."""
         sampled = {request_id: row for request_id, row in result.rows.items() if row is not None}
         tokens = {request_id: s.token_id for request_id, s in sampled.items()}
-        grown = self._batcher.commit(plan, tokens, result.failed)
+        grown = self._batcher.commit(plan, tokens)
         for sequence in grown:
             request_id = sequence.request.request_id
             try:

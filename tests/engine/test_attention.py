@@ -19,12 +19,35 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from fairserve.engine.attention import LayerCaches
 from fairserve.engine.attention_sdpa import SPLIT_TOKENS, SdpaAttention, group_decodes, zeros_on_touch
+from fairserve.engine.runner import Runner
+from fairserve.engine.sampling import Sampler
 from fairserve.engine.sizing import why_not
 from fairserve.errors import ConfigError, ModelError
 from tests.engine.support import EOS, VOCABULARY, drive, prepare, prompt_of, reference, request, tiny
 
 SHAPE = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize("slot_dim", [0, 1])
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=5, unique_by=lambda copy: copy[1]))
+def test_blocks_are_copied_as_if_all_were_read_before_any_is_written(slot_dim, copies):
+    class Caches(LayerCaches):
+        pass
+
+    Caches.slot_dim = slot_dim
+    cache = Caches(12, 2, torch.float32, torch.device("cpu"))
+    before = torch.arange(24.0).view((12, 2) if slot_dim == 0 else (2, 12))
+    for layer in range(2):
+        cache._keys[layer], cache._values[layer] = before.clone(), before + 100
+    Runner(torch.nn.Identity(), cache, 2, torch.device("cpu"), Sampler(), spare_block=6).copy(copies)
+    wanted = before.clone().transpose(0, slot_dim)
+    for source, block in copies:
+        wanted[2 * block : 2 * block + 2] = before.transpose(0, slot_dim)[2 * source : 2 * source + 2]
+    for layer in range(2):
+        assert torch.equal(cache._keys[layer], wanted.transpose(0, slot_dim))
+        assert torch.equal(cache._values[layer], wanted.transpose(0, slot_dim) + 100)
 
 
 def test_sequences_at_equal_distances_are_one_batch():

@@ -137,6 +137,7 @@ def test_sharing_counts_a_block_once_and_keeps_it_until_the_last_has_left() -> N
     assert (kv.num_free, kv.num_shared) == (2, 2)
     assert not kv.can_start(9, keys_of("ann", [1, 2, 3, 4, 7, 7]))
     assert kv.can_start(9, keys_of("ann", [1, 2, 3, 4]), without=["two"])
+    assert not kv.can_start(9, without=["two"]), "what it shares does not become free"
     kv.free("one")
     assert (kv.num_free, kv.num_shared, kv.num_cached) == (3, 0, 0)
     kv.free("two")
@@ -268,12 +269,14 @@ class Cache(RuleBasedStateMachine):
                     self.model.shrink(kv.num_free)
         for client, tokens, expected in starts:
             self.start(client, tokens, expected)
-        before = list(self.memory)
-        for source, block in kv.take_copies():
+        before, copies = list(self.memory), kv.take_copies()
+        for source, block in copies:
             self.memory[block * BLOCK : block * BLOCK + BLOCK] = before[source * BLOCK : source * BLOCK + BLOCK]
         for name, run in self.runs.items():
             for position in range(run.num_computed):
                 assert self.memory[self.slot(name, position)] == run.at(position), f"{name} reads what is not its own"
+        found = {block for name, run in self.runs.items() for block in kv.table(name)[: run.num_stored]}
+        assert all(block in found or kv._cache.key(block) for _, block in copies), "copied for nobody"
         for name in sorted(self.runs)[:]:
             self.compute(name, share, is_failing=name == f"r{fails}")
 

@@ -99,8 +99,10 @@ def test_samples_of_one_prompt_compute_it_once(llama: LoadedModel, shares: bool)
     assert sum(driver.ledger.num_cached.values()) >= 7 * 28
     if shares:
         driver.add(*(request(f"s{i}", prompt_of(41), max_tokens=4) for i in range(8)))
-        free = driver.step().free_kv_tokens
+        events = driver.step()
+        free = events.free_kv_tokens
         assert driver.engine._kv.num_shared == 7 * 10
+        assert events.resident_tokens == 8 * 41 - 70 * 4, "what is shared is there once"
         reserved = 8 * 12  # blocks of 45 tokens each
         assert free == (driver.engine._kv.num_blocks - reserved + 70) * 4
 
