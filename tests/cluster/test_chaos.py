@@ -84,7 +84,7 @@ async def test_killed_ingresses_leave_nothing_waiting_and_nothing_charged_that_w
     was = before["clients"].get(client.name, {"num_input": 0, "num_output": 0})
     gained = row["num_input"] - was["num_input"], row["num_output"] - was["num_output"]
     assert gained == (made[0] - made_before[0], made[1] - made_before[1])
-    assert row["service"] == row["num_input"] + 2 * row["num_output"]
+    assert row["service"] == row["num_input"] - row["num_cached"] + 2 * row["num_output"]
     num_held = 2 * (served.args.engine.max_num_seqs + served.args.dispatch.lookahead)
     assert num_whole < 30 and gained[1] <= 150 * (num_whole + 2 * num_held), "what waited was served to nobody"
 

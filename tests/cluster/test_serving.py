@@ -68,7 +68,7 @@ async def test_charges_equal_reported_usage_after_random_disconnects(served: Ser
     """To the token, for every client: of streams that were read to their end, what the last chunk said; of those that
     were left, whatever was made by then."""
     before, told_before = await served.quiet(), await asyncio.to_thread(served.usage)
-    told = {"ann": [0, 0], "bob": [0, 0]}
+    told, num_cached = {"ann": [0, 0], "bob": [0, 0]}, {"ann": 0, "bob": 0}
     num_cut = {"cut": 0, "hasty": 0}
 
     async def one(client: Any, name: str, kind: str) -> None:
@@ -98,6 +98,7 @@ async def test_charges_equal_reported_usage_after_random_disconnects(served: Ser
                     break
                 if chunk.usage:
                     told[name][0] += chunk.usage.prompt_tokens
+                    num_cached[name] += chunk.usage.prompt_tokens_details.cached_tokens
                     told[name][1] += chunk.usage.completion_tokens
         finally:
             await stream.close()
@@ -108,6 +109,8 @@ async def test_charges_equal_reported_usage_after_random_disconnects(served: Ser
         whole = await served.quiet()
         for name, (num_input, num_output) in told.items():
             assert gained(before, whole, name) == (num_input, num_output)
+            was_cached = before["clients"].get(name, {"num_cached": 0})["num_cached"]
+            assert whole["clients"][name]["num_cached"] - was_cached == num_cached[name] > 0
         kinds = ("whole", "cut", "hasty") * 8
         mixed = [(client, name, kind) for kind in kinds for client, name in pairs]
         await asyncio.gather(*(one(*three) for three in mixed))
@@ -120,7 +123,7 @@ async def test_charges_equal_reported_usage_after_random_disconnects(served: Ser
         assert charged[0] > num_input and charged[1] > num_output, "cut streams are charged, too"
         assert charged[1] < num_output + 16 * 200, "what was not made is not"
         row = after["clients"][name]
-        assert row["service"] == row["num_input"] + 2 * row["num_output"]
+        assert row["service"] == row["num_input"] - row["num_cached"] + 2 * row["num_output"]
     assert after["waiting"] == 0
     assert all(r["free_kv_tokens"] == r["kv_capacity_tokens"] for r in after["replicas"].values())
 
