@@ -133,7 +133,7 @@ def test_everything_that_the_table_promises_of_a_replica_is_exported(
     sink: RecordedMetrics, clock: VirtualClock
 ) -> None:
     metrics, meter = ReplicaMetrics(sink, LIMITS, 1.0, clock.now_s()), replica_meter(sink)
-    metrics.took(replace(step(1, 1, 1), num_failed=1, num_out_of_memory=1))
+    metrics.took(replace(step(1, 1, 1), num_failed=1, num_out_of_memory=1, num_started_tokens=1))
     metrics.export(step(), clock.now_s())
     meter.answered(0.1)
     meter.failed(TimeoutError(), is_down=True)
