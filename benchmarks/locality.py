@@ -8,8 +8,9 @@ VTC looks at service and room only. Demand is three times what is served and mor
 Cached input costs nothing (``fairness.cost.cached_fraction`` 0, the live default): gaps, bound and Jain's index are of
 computed service. tokens/s count what clients see: input, cached or not, and output.
 
-- ``tree``: eight clients with trees of thought. Every prompt is the client's instructions (256 tokens), a problem
-  (1,024 to 2,048) and all thoughts (16 to 48 each) on the way to it; two clients ask for twice as much as the others.
+- ``tree``: eight clients with binary trees of thought, 15 calls each. Every prompt is the client's instructions (256
+  tokens), a problem (1,024 to 2,048) and all thoughts (16 to 48 each) on the way to it; two clients ask for twice as
+  much as the others. Wider trees leave plain VTC more hits, and less to gain.
 - ``mooncake``: sessions of two and more calls of Mooncake's conversation trace (FAST'25; ``data/README.md``), lengths
   divided by 8 so that they fit a replica, arrivals compressed, whole sessions given to six clients by chance.
 
@@ -51,18 +52,18 @@ PROMISED = "tree"
 WARM_UP_S = 20.0
 REPLICA = {"kv_tokens": 40_000, "max_num_seqs": 32, "prefix_cache_tokens": 20_000}
 """60,000 tokens of KV cache: what running requests may hold, and what is left to remember prompts by."""
-QUANTUM = 8_000.0
-"""About four prompts of the tree of which nothing is cached."""
+QUANTUM = 4_000.0
+"""About two prompts of the tree of which nothing is cached."""
 
 
 def tree(num_replicas: int) -> dict[str, Any]:
-    rate = 0.03 * num_replicas
+    rate = 0.08 * num_replicas
     return {
         "kind": "tree_of_thought",
         "rates": [2 * rate] * 2 + [rate] * 6,
         "system_tokens": 256,
         "problem_tokens": [1024, 2048],
-        "branching": 3,
+        "branching": 2,
         "depth": 4,
         "thought_tokens": [16, 48],
         "level_s": 5.0,
