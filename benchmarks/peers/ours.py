@@ -22,6 +22,7 @@ class Ours:
             max_num_batched_tokens=spec.max_step_tokens,
             max_model_len=spec.max_length,
             kv_cache_tokens=spec.max_requests * spec.max_length,
+            prefix_cache=False,  # runs repeat their prompts
             **spec.options,
         )
         self._engine = build_engine(
