@@ -39,7 +39,15 @@ def queue_header(batch: Batch) -> dict[str, str]:
     return {QUEUE_HEADER: f"{max(waits) * 1000:.1f}"} if waits else {}
 
 
-_to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+LINE_BREAKS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
+"""What JSON may hold as it is and `str.splitlines` breaks lines at: so do clients that read events by lines of text,
+such as httpx's ``aiter_lines``, although the standard names CR and LF alone."""
+
+
+def _to_json(data: Any) -> str:
+    text = _encode(data)
+    return text if text.isascii() else text.translate(LINE_BREAKS)
 
 
 def event(data: Any) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -40,3 +41,12 @@ def test_an_event_is_what_its_chunk_says(
         output = RequestOutput(f"r-{index}", text, (7,), Usage(2, 0, 1), probs, reason)
         chunk = plain.chunk(index, output)
         assert events.of(index, output) == (b"" if chunk is None else event(chunk))
+
+
+@given(text=st.text(max_size=20) | st.sampled_from(["a\x85b", "a\u2028b", "a\u2029b", "\x0b\x0c\x1c\x1d\x1e"]))
+def test_an_event_is_one_line_also_for_readers_that_break_lines_where_text_does(text: str) -> None:
+    if any("\ud800" <= char <= "\udfff" for char in text):  # half a character is in no output
+        return
+    lines = event({"text": text}).decode().splitlines()
+    assert len(lines) == 2 and not lines[1]
+    assert json.loads(lines[0].removeprefix("data: ")) == {"text": text}
