@@ -236,10 +236,12 @@ def gap_seen(record: RunRecord) -> float:
 
 def row_of(num_replicas: int, ingress: str, system: str, records: Sequence[RunRecord]) -> Row:
     runs = tuple(map(figures_of, records))
-    figures = {
-        name: estimate([value for run in runs if (value := run[name]) is not None]) for name in [*HEADINGS, "wall_s"]
-    }
-    return Row(num_replicas, ingress, system, figures, runs)
+    return Row(num_replicas, ingress, system, estimates(runs, [*HEADINGS, "wall_s"]), runs)
+
+
+def estimates(runs: Sequence[Figures], names: Sequence[str]) -> dict[str, Estimate | None]:
+    """Of each figure over the runs that have it."""
+    return {name: estimate([value for run in runs if (value := run[name]) is not None]) for name in names}
 
 
 # ------------------------------------------------------------------------------------------------------------ output

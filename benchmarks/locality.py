@@ -29,7 +29,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ablation import cell
+from benchmarks.ablation import cell, estimates
 from benchmarks.machine import describe_machine
 from benchmarks.scale import table
 from fairserve.fairness.bounds import jain
@@ -39,7 +39,7 @@ from fairserve.simulate.measures import measure
 from fairserve.simulate.records import RunRecord
 from fairserve.simulate.run import with_policy
 from fairserve.simulate.scenario import Scenario
-from fairserve.simulate.seeds import Estimate, estimate
+from fairserve.simulate.seeds import Estimate
 from fairserve.simulate.service_curves import ServiceCurves
 
 TRACE = Path(__file__).parent / "data" / "mooncake_sessions.jsonl.gz"
@@ -161,10 +161,7 @@ def jain_of_all(record: RunRecord, cost: CostFunction) -> float:
 
 def row_of(workload: str, num_replicas: int, system: str, records: Sequence[RunRecord]) -> Row:
     runs = tuple(map(figures_of, records))
-    figures = {
-        name: estimate([value for run in runs if (value := run[name]) is not None]) for name in [*HEADINGS, "wall_s"]
-    }
-    return Row(workload, num_replicas, system, figures, runs)
+    return Row(workload, num_replicas, system, estimates(runs, [*HEADINGS, "wall_s"]), runs)
 
 
 def render(rows: Sequence[Row]) -> str:

@@ -123,7 +123,6 @@ class Upkeep:
 
     async def keep(self, store: Store) -> None:
         """Save what changed; exchange with the clusters that share the store."""
-
         saver, authority = self._saver, self._authority
         try:
             acks = authority.dispatcher.ledger.acks()

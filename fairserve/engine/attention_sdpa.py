@@ -94,9 +94,7 @@ class SdpaAttention(LayerCaches):
         keys, values = self._keys[layer], self._values[layer]
         keys.index_copy_(1, layout.slots, key[0])
         values.index_copy_(1, layout.slots, value[0])
-        readings = self._readings.get(window)
-        if readings is None:
-            readings = self._readings[window] = self._plan_readings(layout, window)
+        readings = self._readings_of(layout, window)
         kv_heads, heads, num_rows = keys.shape[0], query.shape[1], query.shape[2]
         parts = []
         for reading in readings:
@@ -127,9 +125,7 @@ class SdpaAttention(LayerCaches):
         assert layout is not None, "attend before begin"
         self._both[layer].index_copy_(1, layout.slots, rows[:, heads:].transpose(0, 1))
         keys, values = self._keys[layer], self._values[layer]
-        readings = self._readings.get(window)
-        if readings is None:
-            readings = self._readings[window] = self._plan_readings(layout, window)
+        readings = self._readings_of(layout, window)
         kv_heads = keys.shape[0]
         queries = rows[:, :heads].unflatten(1, (-1, kv_heads))  # [T, group, kv_heads, dim]
         parts = []
@@ -148,6 +144,13 @@ class SdpaAttention(LayerCaches):
                 )
                 parts.append(out.permute(2, 0, 1, 3).reshape(reading.rows, -1))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _readings_of(self, layout: StepLayout, window: int | None) -> list[_Reading]:
+        """Planned once a step for each window."""
+        readings = self._readings.get(window)
+        if readings is None:
+            readings = self._readings[window] = self._plan_readings(layout, window)
+        return readings
 
     def _plan_readings(self, layout: StepLayout, window: int | None) -> list[_Reading]:
         """Cut a step into SDPA calls; the same for all layers with this window."""

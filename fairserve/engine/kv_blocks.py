@@ -301,6 +301,6 @@ class KVBlocks:
                 if lifted.pop(key, None) is not None:
                     continue
             key, source = lifted.popitem()
-            self._cache.lay(key, block)
+            self._cache.put(key, block)
             self._empty[block] = 0
             self._copies[block] = source

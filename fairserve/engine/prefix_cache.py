@@ -107,7 +107,8 @@ class PrefixCache:
             yield key, block
 
     def put(self, key: bytes, block: int) -> None:
-        """A sequence's block holds this content, from now on the only one that does."""
+        """The block holds this content, from now on the only one that does: a sequence's, or lifted content that lies
+        here now, idle as before."""
         assert block not in self._key_of, "a block has two contents"
         self._block_of[key] = block
         self._key_of[block] = key
@@ -122,15 +123,9 @@ class PrefixCache:
         del self._idle[key]
 
     def lift(self, block: int) -> bytes | None:
-        """Take idle content off its block, which will hold something else. It keeps its age until :meth:`lay` finds it
+        """Take idle content off its block, which will hold something else. It keeps its age until :meth:`put` finds it
         another block, or it is the oldest and lost."""
         return self._key_of.pop(block, None)
-
-    def lay(self, key: bytes, block: int) -> None:
-        """Lifted content lies on another block now, idle as before."""
-        assert block not in self._key_of, "a block has two contents"
-        self._block_of[key] = block
-        self._key_of[block] = key
 
     def drop(self, key: bytes) -> None:
         """Forget it."""
