@@ -53,13 +53,22 @@ class Served:
 
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=120)
 
+    def num_running(self) -> int:
+        """Model replicas that serve."""
+        from ray import serve
+
+        model = serve.status().applications[self.name].deployments["Model"]
+        return int(model.replica_states.get("RUNNING", 0))
+
     async def quiet(self) -> dict[str, Any]:
         """Wait until nothing waits, runs or is granted anywhere and all is reported; the status then."""
         last: dict[str, Any] = {}
         async with asyncio.timeout(60):
             while True:
                 status = await asyncio.to_thread(self.status)
-                idle = not status["waiting"] and not status["leases"]
+                # An actor that has just come back knows of no replica until each has reported to it.
+                is_whole = len(status["replicas"]) >= await asyncio.to_thread(self.num_running)
+                idle = is_whole and not status["waiting"] and not status["leases"]
                 if idle and not any(r["running"] or r["waiting"] for r in status["replicas"].values()):
                     if status["clients"] == last.get("clients"):
                         return status
