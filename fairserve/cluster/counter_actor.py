@@ -3,6 +3,7 @@ actor."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -49,15 +50,32 @@ def place_of(config: CounterConfig, offered: Mapping[str, float]) -> dict[str, f
 def start_counter_actor(args: FairServeArgs) -> Any:
     """The handle of the counter actor of these settings; creates it when it is not there. Blocks on Ray.
 
-    Plain, named and detached, restarted for ever, its calls never retried by Ray (a retry would run twice); Serve's
-    ``deployment_actors`` would restart it empty on every roll-out.
+    It is created from the node that it is kept on. To restart an actor, Ray asks the node of its *creator* for a worker
+    first: created by a replica of another node, it would not come back as long as that one is cut off.
     """
     import ray
 
     config = args.counter
+    with contextlib.suppress(ValueError):
+        return find_counter_actor(config)
     offered = ray.cluster_resources()
-    if config.resource is not None and config.resource not in offered:
+    place = place_of(config, offered)
+    if place is None:
+        return _create(args, None)
+    if not place.keys() <= offered.keys():
         logger.warning("no node offers %r (counter.resource) yet: the counter actor waits for one", config.resource)
+        return _create(args, place)
+    at_place = {"num_cpus": 0, "resources": place, "scheduling_strategy": "DEFAULT"}
+    ray.get(ray.remote(_create).options(**at_place).remote(args, place))
+    return find_counter_actor(config)
+
+
+def _create(args: FairServeArgs, place: dict[str, float] | None) -> Any:
+    """Plain, named and detached, restarted for ever, its calls never retried by Ray (a retry would run twice); Serve's
+    ``deployment_actors`` would restart it empty on every roll-out."""
+    import ray
+
+    config = args.counter
     return (
         ray.remote(CounterService)
         .options(
@@ -69,7 +87,7 @@ def start_counter_actor(args: FairServeArgs) -> Any:
             max_task_retries=0,
             max_concurrency=MAX_CONCURRENCY,
             num_cpus=0,
-            resources=place_of(config, offered),
+            resources=place,
             scheduling_strategy="DEFAULT",  # not in the placement group of the replica that happens to start it
         )
         .remote(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 
-from fairserve.cluster.counter_actor import HEAD_NODE_RESOURCE, place_of
+from fairserve.cluster.counter_actor import HEAD_NODE_RESOURCE, place_of, start_counter_actor
 from fairserve.cluster.redis_store import ENV_PASSWORD
 from fairserve.config import CounterConfig, FairServeArgs
 from tests.k8s.conftest import Rendered
@@ -49,3 +51,57 @@ def test_the_pods_where_the_counter_actor_runs_know_the_password_and_model_pods_
     assert {"name": ENV_PASSWORD, "valueFrom": secret} in front["env"]
     for container in prod.pods["model"]["spec"]["containers"]:
         assert not any("PASSWORD" in variable["name"] for variable in container.get("env", []))
+
+
+class Ray:
+    """Just enough of Ray to see from where the actor is created."""
+
+    def __init__(self, offered: dict[str, float]) -> None:
+        self.cluster_resources = lambda: offered
+        self.created_at: list[Any] = []
+        self._place: Any = None
+
+    def remote(self, what: Any) -> Any:
+        if isinstance(what, type):
+            return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._create))
+
+        def options(**at: Any) -> Any:
+            def call(*arguments: Any) -> Any:
+                self._place = at["resources"]
+                return what(*arguments)
+
+            return SimpleNamespace(remote=call)
+
+        return SimpleNamespace(options=options)
+
+    def get(self, answer: Any) -> Any:
+        return answer
+
+    def _create(self, *_: Any, **__: Any) -> str:
+        self.created_at.append(self._place)
+        return "actor"
+
+    def get_actor(self, name: str, namespace: str) -> str:
+        if not self.created_at:
+            raise ValueError(name)
+        return "actor"
+
+
+@pytest.mark.parametrize(
+    ("counter", "place"),
+    [
+        (CounterConfig(), {HEAD_NODE_RESOURCE: 0.001}),
+        (CounterConfig(resource="fairserve_front"), {"fairserve_front": 0.001}),
+        (CounterConfig(pin_to_head=False), None),
+        (CounterConfig(resource="nobody_offers_this"), None),
+    ],
+)
+def test_it_is_created_from_the_node_that_it_is_kept_on_because_ray_restarts_it_from_there(
+    counter: CounterConfig, place: dict[str, float] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = Ray(HEAD | {"fairserve_front": 1.0})
+    for name in ("remote", "get", "cluster_resources", "get_actor"):
+        monkeypatch.setattr(f"ray.{name}", getattr(ray, name))
+    args = FairServeArgs(counter=counter)
+    assert [start_counter_actor(args) for _ in range(2)] == ["actor"] * 2
+    assert ray.created_at == [place]
