@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fairserve.config import CostConfig, DispatchConfig, FairnessConfig
 from fairserve.dispatch.capacity import Capacity
 from fairserve.dispatch.controls import Controls
@@ -65,9 +67,13 @@ def make_dispatcher(
 
 def make_local_book(fairness: FairnessConfig) -> LocalBook[Request]:
     """The queue and the accounts of one replica."""
-    return LocalBook(
-        policy_of(fairness),
-        make_cost(fairness.cost),
-        group_weights=fairness.group_weights,
-        tracks_outputs=fairness.prediction != "none",
-    )
+    return LocalBook(cost=make_cost(fairness.cost), **book_settings(fairness))
+
+
+def book_settings(fairness: FairnessConfig) -> dict[str, Any]:
+    """What of a :class:`LocalBook` may change while it is in use: arguments of :meth:`LocalBook.take_settings`."""
+    return {
+        "policy": policy_of(fairness),
+        "group_weights": fairness.group_weights,
+        "tracks_outputs": fairness.prediction != "none",
+    }

@@ -127,6 +127,8 @@ class CounterService:
         """A replica's totals and events; see :meth:`Dispatcher.report`."""
         reply = self.dispatcher.report(report, self._now_s(), self._upkeep.saved_of(report))
         self._wake_routers()
+        if report.epoch != reply.epoch:
+            reply = replace(reply, fairness=self._authority.args.fairness.model_dump_json())
         return reply
 
     # -- for people ---------------------------------------------------------------------------------------------------

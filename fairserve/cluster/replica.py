@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from fairserve.assembly import make_local_book
+from fairserve.assembly import book_settings, make_local_book
 from fairserve.clock import Clock, SystemClock
 from fairserve.cluster.counter_actor import start_counter_actor, without_keys
 from fairserve.cluster.counter_client import RETRY_S, CounterLink, CounterTransport, RayTransport, for_ever
@@ -21,7 +21,7 @@ from fairserve.cluster.multiplex import Message, Outlet, Own, Trunks
 from fairserve.cluster.outputs import OutputStream
 from fairserve.cluster.replica_metrics import ReplicaMetrics, replica_meter
 from fairserve.cluster.tracing import NO_TRACING, PhaseSpans, Tracer, make_tracing
-from fairserve.config import FairServeArgs
+from fairserve.config import FairnessConfig, FairServeArgs
 from fairserve.dispatch.replica_book import BookEvents, LocalBook, Reporter
 from fairserve.engine.events import Limits, StepEvents
 from fairserve.engine.request import GenerateRequest, RequestOutput, Usage, failure
@@ -65,6 +65,8 @@ class ReplicaCore:
         self._book = book
         self._transport = transport
         self._config = args.counter
+        self._fairness = args.fairness
+        """By which the local queue goes."""
         self._clock = clock
         self._metrics = ReplicaMetrics(metrics, limits, args.metrics.interval_s, clock.now_s())
         self._link = CounterLink(args.counter, clock, replica_meter(metrics))
@@ -301,6 +303,8 @@ class ReplicaCore:
             return False
         self._metrics.merged()
         reported = self._reporter.replied(reply)
+        if reported is not None and reply.fairness:
+            self._take_settings(FairnessConfig.model_validate_json(reply.fairness))
         if reported is not None and reply.counters:
             with contextlib.suppress(ReplicaFailed):  # stopped meanwhile
                 self._engine_loop.call(lambda: self._book.apply_counters(reply.counters, reported))
@@ -312,6 +316,14 @@ class ReplicaCore:
         if reply.is_draining and not self._is_draining:
             self._drain()
         return True
+
+    def _take_settings(self, fairness: FairnessConfig) -> None:
+        """What is in force, live changes included: the local queue goes by the same policy as the cluster's."""
+        if fairness == self._fairness:
+            return
+        with contextlib.suppress(ReplicaFailed):  # stopped meanwhile
+            self._engine_loop.call(lambda: self._book.take_settings(**book_settings(fairness)))
+        self._fairness = fairness
 
 
 def _plus(one: Usage, other: Usage) -> Usage:

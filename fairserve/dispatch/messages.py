@@ -252,3 +252,5 @@ class ReportReply:
     """The replica is being stopped, as a router heard: it is granted nothing more."""
     saved: int = 0
     """The newest sequence number whose totals the authority's next life is sure to know; never above ``ack``."""
+    fairness: str = ""
+    """The settings of this name that are in force, as JSON, for a replica that does not know this epoch."""

@@ -30,6 +30,7 @@ from fairserve.dispatch.messages import ReportReply, StepReport, Totals
 from fairserve.dispatch.sums import Sum
 from fairserve.fairness.accounts import account_of, application_of, client_of
 from fairserve.fairness.cost import CostFunction
+from fairserve.fairness.hierarchy import is_group
 from fairserve.fairness.policy import Policy
 from fairserve.fairness.queue import FairQueue
 
@@ -159,6 +160,25 @@ class LocalBook(Generic[Request]):
 
     def __len__(self) -> int:
         return len(self._queue)
+
+    @property
+    def policy(self) -> str:
+        """Name of the policy that orders what waits."""
+        return self._queue.policy.name
+
+    def take_settings(self, policy: Policy, group_weights: Mapping[str, float], tracks_outputs: bool) -> None:
+        """Go on in the order of another policy. Counters stay, and so does what waits, each in its place."""
+        before, self._queue = self._queue, FairQueue(policy, group_weights)
+        for node in before.table:
+            if not is_group(node):
+                self._queue.register(node, before.table.weight(node))
+        for node in before.table:
+            self._queue.set_counter(node, before.counter(node))
+        for client, request_id, place, request in before.backlog.entries():
+            self._queue.arrive(client, request_id, request, place, lift=False)
+        for group, siblings in before.groups.items():
+            self._queue.restore_last_to_leave(group, siblings.last_to_leave)
+        self._tracks_outputs = tracks_outputs
 
     # -- Account ----------------------------------------------------------------------------------------------------
 

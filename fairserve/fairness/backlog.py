@@ -81,6 +81,12 @@ class Backlog(Generic[Item]):
         for _, _, request_id in in_order(self._lines[client].heap if client in self._lines else [], self._is_live):
             yield self._items[request_id][2]
 
+    def entries(self) -> Iterator[tuple[str, str, float, Item]]:
+        """Client, request id, place and item of every request, in no order; the queue must not change meanwhile."""
+        for client, line in self._lines.items():
+            for entry in filter(self._is_live, line.heap):
+                yield client, entry[2], entry[0], self._items[entry[2]][2]
+
     def pop(self, client: str) -> Item:
         """Take out the client's first request. The client must wait."""
         self.head(client)

@@ -385,3 +385,14 @@ async def test_usage_counts_every_request_that_ended_whoever_was_reading(
 
 async def test_a_replica_whose_start_failed_half_way_can_be_taken_down() -> None:
     await ModelReplica.__del__(object())  # type: ignore[arg-type]
+
+
+async def test_a_policy_that_is_changed_live_orders_the_local_queue_too(
+    core: ReplicaCore, engine: ScriptedLoop, wire: Wire
+) -> None:
+    await until(lambda: core._reporter.epoch > 0)
+    await wire.service.set_settings({"fairness.policy": "fcfs"}, "test")
+    assert engine.book.policy == "vtc"
+    await until(lambda: engine.book.policy == "fcfs")
+    await wire.service.set_settings({"fairness.policy": None}, "test")
+    await until(lambda: engine.book.policy == "vtc")

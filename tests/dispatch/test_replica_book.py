@@ -56,6 +56,28 @@ def test_charges_move_the_counter_while_the_request_runs(book: LocalBook) -> Non
     assert book.take_events().totals == {"ann": Totals(100, 40, 5, 70.0)}
 
 
+def test_under_another_policy_counters_stay_and_what_waits_keeps_its_place() -> None:
+    book: LocalBook[Here] = LocalBook(make_policy("fcfs"), WeightedTokens())
+    arrive(
+        book, Here("a1", "acme/ann", 2.0), Here("a2", "acme/ann", 2.0), Here("b1", "bob"), Here("a3", "acme/ann", 2.0)
+    )
+    assert book.pop().request_id == "a1"
+    book.started("a1", 100, 0)
+    book.remove("a2")
+    before = book.counter("acme/ann")
+    book.take_settings(make_policy("vtc"), {"acme": 4.0}, tracks_outputs=True)
+    book.check()
+    assert book.counter("acme/ann") == before > book.counter("bob")
+    book.output("a1", 1)
+    assert book.counter("acme/ann") == before + 2 / 2
+    assert book.take_events().outputs == {"a1": 1}
+    assert [book.pop().request_id for _ in range(2)] == ["b1", "a3"]
+    arrive(book, Here("b2", "bob"), Here("a4", "acme/ann", 2.0), Here("b3", "bob"))
+    book.take_settings(make_policy("fcfs"), {}, tracks_outputs=False)
+    assert [book.pop().request_id for _ in range(3)] == ["b2", "a4", "b3"]
+    book.check()
+
+
 def test_the_service_of_a_request_is_its_cost_as_a_whole_however_it_is_cut_into_steps() -> None:
     cost = KvTokenTime()
     book = LocalBook(make_policy("vtc"), cost)
