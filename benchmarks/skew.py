@@ -62,12 +62,20 @@ def second_door(args: FairServeArgs, app: str = APP, name: str = SECOND_DOOR) ->
 
 
 class Load:
-    """Clients that always have ``IN_FLIGHT`` requests open, over the doors that ``demand`` names. ``urls`` by door."""
+    """Clients that always have ``in_flight`` requests open, over the doors that ``demand`` names. ``urls`` by door."""
 
     def __init__(
-        self, urls: dict[str, str], model: str, demand: dict[str, tuple[str, ...]], *, prompt: str, max_tokens: int
+        self,
+        urls: dict[str, str],
+        model: str,
+        demand: dict[str, tuple[str, ...]],
+        *,
+        prompt: str,
+        max_tokens: int,
+        in_flight: int = IN_FLIGHT,
     ) -> None:
         self._urls = urls
+        self._in_flight = in_flight
         self._demand = demand
         self._body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True}
 
@@ -76,7 +84,7 @@ class Load:
         self._tasks = [
             asyncio.create_task(self._repeat(client, doors[i % len(doors)]))
             for client, doors in self._demand.items()
-            for i in range(IN_FLIGHT)
+            for i in range(self._in_flight)
         ]
 
     async def __aexit__(self, *_: Any) -> None:

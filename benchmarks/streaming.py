@@ -168,7 +168,14 @@ def run_all(settings: str, pairs: int, seconds: float, streams: Sequence[int]) -
     from fairserve.config import FairServeArgs
     from fairserve.local import APP, free_port, local_cluster, running_app
 
-    args = FairServeArgs.model_validate({"num_replicas": 1, "served_model_name": "stub", "max_generation_s": 5.0})
+    args = FairServeArgs.model_validate(
+        {
+            "num_replicas": 1,
+            "served_model_name": "stub",
+            "max_generation_s": 5.0,
+            "engine": {"max_num_seqs": max(256, *streams)},
+        }
+    )
     plain = args.model_copy(update={"api": args.api.model_copy(update={"multiplex": False})})
     rows = []
     with (

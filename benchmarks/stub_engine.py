@@ -1,4 +1,7 @@
-"""A model replica without a model: every running request gets a token at fixed times. All else is the real replica."""
+"""A model replica without a model: every running request gets a token at fixed times. All else is the real replica.
+
+``engine.max_num_seqs`` requests run at a time, in the order of the local queue; prompts take no time.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +24,16 @@ from fairserve.engine.events import Limits, StepEvents
 from fairserve.engine.request import FinishReason, GenerateRequest, RequestOutput, Usage
 
 STEPS_PER_S = 30
-SLOTS = 256
-LIMITS = Limits(max_model_len=8192, kv_capacity_tokens=2**22, max_num_seqs=SLOTS, block_size=16, vocab_size=50_000)
+KV_TOKENS = 2**22
 TEXT, TOKEN = " token", 4711
 
 
 class StubLoop:
-    """Stands for an ``EngineLoop``; takes every request at once."""
+    """Stands for an ``EngineLoop``; runs ``slots`` requests at a time."""
 
-    def __init__(self, book: LocalBook[GenerateRequest], on_step: Callable[[StepEvents], None]) -> None:
+    def __init__(self, book: LocalBook[GenerateRequest], on_step: Callable[[StepEvents], None], slots: int) -> None:
         self._book = book
+        self._slots = slots
         self._on_step = on_step
         self._lock = threading.Lock()
         self._inbox: list[Callable[[], None]] = []
@@ -64,15 +67,22 @@ class StubLoop:
     def _add(self, request: GenerateRequest) -> None:
         self._book.received(request)
         self._book.push(request)
-        self._book.pop()
-        self._book.started(request.request_id, request.num_input, 0)
-        self._running[request.request_id] = (request, 0)
+
+    def _fill(self) -> None:
+        while len(self._running) < self._slots and self._book.peek() is not None:
+            request = self._book.pop()
+            self._book.started(request.request_id, request.num_input, 0)
+            self._running[request.request_id] = (request, 0)
 
     def _abort(self, request_id: str) -> None:
+        usage = Usage(0, 0, 0)
         if request_id in self._running:
             request, num = self._running.pop(request_id)
-            self._book.finished(request_id)
-            self._ended.append(RequestOutput(request_id, "", (), Usage(request.num_input, 0, num), (), "abort"))
+            usage = Usage(request.num_input, 0, num)
+        elif self._book.remove(request_id) is None:
+            return
+        self._book.finished(request_id)
+        self._ended.append(RequestOutput(request_id, "", (), usage, (), "abort"))
 
     def _run(self) -> None:
         began_s, step = time.perf_counter(), 0
@@ -83,6 +93,7 @@ class StubLoop:
                 items, self._inbox = self._inbox, []
             for item in items:
                 item()
+            self._fill()
             if self._running or self._ended or items:
                 self._step()
 
@@ -100,10 +111,11 @@ class StubLoop:
                 self._book.finished(request_id)
             else:
                 self._running[request_id] = (request, num + 1)
-        room = LIMITS.kv_capacity_tokens - sum(one.num_input + num for one, num in self._running.values())
-        num_running = len(self._running)
+        room = KV_TOKENS - sum(one.num_input + num for one, num in self._running.values())
+        num_running, num_waiting = len(self._running), len(self._book)
+        free_slots = self._slots - num_running - num_waiting
         self._on_step(
-            StepEvents(tuple(outputs), num_running, 0, room, SLOTS - num_running, num_decode_tokens=num_decoded)
+            StepEvents(tuple(outputs), num_running, num_waiting, room, free_slots, num_decode_tokens=num_decoded)
         )
 
 
@@ -119,8 +131,10 @@ class StubReplica(ModelReplica):
         name = serve.get_replica_context().replica_id.unique_id
         transport = RayTransport(lambda: start_counter_actor(args), actor)
         metrics = deployment_metrics(args.metrics, args.counter.name)
-        self._core = ReplicaCore(name, LIMITS, book, transport, args, SystemClock(), metrics)
-        self._core.start(StubLoop(book, self._core.on_step))
+        slots = args.engine.max_num_seqs
+        limits = Limits(8192, KV_TOKENS, slots, block_size=16, vocab_size=50_000)
+        self._core = ReplicaCore(name, limits, book, transport, args, SystemClock(), metrics)
+        self._core.start(StubLoop(book, self._core.on_step, slots))
 
 
 @contextlib.contextmanager
