@@ -51,8 +51,8 @@ lint: $(VENV)/.installed ## ruff, mypy, and the floors
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache
 
-bench: setup ## tokens/s of VTC against FCFS, alternating; other figures: benchmarks/README.md
-	@$(BIN)/python -m benchmarks.demo --pairs 3 $(ARGS)
+bench: setup ## every figure of benchmarks/README.md, in hours: ARGS=--list shows them, ARGS='--only control,slots'
+	@$(BIN)/python -m benchmarks.all $(ARGS)
 
 paper: $(VENV)/.installed ## the VTC paper's workloads, simulated, beside its published numbers: about 5 minutes
 	@$(BIN)/python -m benchmarks.paper $(ARGS)

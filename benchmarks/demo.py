@@ -1,4 +1,4 @@
-"""`make demo` and `make bench`: the same flood under FCFS and under VTC, on real replicas of the embedded model.
+"""`make demo`: the same flood under FCFS and under VTC, on real replicas of the embedded model.
 
 Ends by itself and leaves nothing running. `--check` exits 1 when a promise was not kept.
 """
