@@ -85,7 +85,7 @@ class Continuation:
         if not self.continues:
             return False
         first, made = self.original, tuple(self._made)
-        assert len(made) == self._num_made < first.sampling.max_tokens, "it had ended"
+        assert len(made) == self._num_made < max(1, first.sampling.max_tokens), "it had ended"
         sampling = replace(first.sampling, max_tokens=first.sampling.max_tokens - len(made))
         prompt = first.prompt_token_ids + made
         self._try_again(replace(first, prompt_token_ids=prompt, sampling=sampling, num_generated=len(made)))

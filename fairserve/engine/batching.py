@@ -11,7 +11,8 @@ that.
 
 With a prefix cache a request starts after the leading blocks whose content is there already; at least its last token is
 computed, because its row is sampled. Blocks are stored when a step has filled them, prompt and output alike, so that a
-chat's next turn and a preempted request find them.
+chat's next turn and a preempted request find them. A request whose prompt is to be scored, or pooled whole, finds only
+what it has read already.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from fairserve.engine.hooks import Account, WaitingQueue
 from fairserve.engine.kv_blocks import KVBlocks
 from fairserve.engine.prefix_cache import BlockKeys, KeyMaker
 from fairserve.engine.request import GenerateRequest, Usage
+
+MAX_SCORED = 256
+"""Prompt tokens whose log probabilities one step gives: each takes a row of the whole vocabulary."""
 
 
 @dataclass(slots=True)
@@ -46,9 +50,12 @@ class Sequence:
     num_paid: int = 0
     """Input tokens that another replica charged: charged like cached ones here, although they are computed."""
     num_input: int = field(init=False)
+    is_read: bool = field(init=False)
+    """More is asked of its prompt than the next token."""
 
     def __post_init__(self) -> None:
         self.num_input = self.request.num_input
+        self.is_read = self.request.scores_prompt or self.request.pooling is not None
 
     @property
     def num_tokens(self) -> int:
@@ -86,6 +93,12 @@ class Chunk:
     block_table: tuple[int, ...]
     start: int | None
     """First KV slot when the sequence's slots follow each other, else None."""
+    read_from: int = 0
+    """What the next two ask for, they ask of the rows from this one on: the rows before were read already."""
+    targets: tuple[int, ...] = ()
+    """Tokens of the prompt, one after each of these rows, whose log probabilities are asked for."""
+    pools: bool = False
+    """The sum of the hidden states of these rows is asked for."""
 
     @property
     def end(self) -> int:
@@ -116,6 +129,23 @@ class StepPlan:
         """The chunks [begin, end) in the order of iteration."""
         num = len(self.decodes)
         return StepPlan(self.decodes[begin:end], self.prefills[max(0, begin - num) : max(0, end - num)])
+
+
+@dataclass(slots=True)
+class _Room:
+    """Prompt tokens that a step may still compute, and score."""
+
+    tokens: int
+    scored: int
+
+    def take(self, sequence: Sequence) -> int:
+        """Tokens for the next chunk of this one, 0 for none now."""
+        num = max(0, min(self.tokens, sequence.num_pending))
+        if sequence.is_read and sequence.request.pooling is None:
+            num = min(num, self.scored)
+            self.scored -= num
+        self.tokens -= num
+        return num
 
 
 class Batcher:
@@ -186,16 +216,11 @@ class Batcher:
         for sequence in self._running.values():
             is_decode = sequence.num_computed > 0 and sequence.num_pending == 1
             (decodes if is_decode else prefills).append(sequence)
-        budget = self._budget.prompt_tokens(len(decodes))
-        chunks = []
-        for sequence in prefills:
-            if budget <= 0:
-                break
-            chunks.append(self._chunk(sequence, budget))
-            budget -= len(chunks[-1].token_ids)
-        while admits and budget > 0 and (admitted := self._admit()) is not None:
-            chunks.append(self._chunk(admitted, budget))
-            budget -= len(chunks[-1].token_ids)
+        room = _Room(self._budget.prompt_tokens(len(decodes)), MAX_SCORED)
+        chunks = [self._chunk(sequence, num) for sequence in prefills if (num := room.take(sequence))]
+        while admits and room.tokens > 0 and (admitted := self._admit()) is not None:
+            if num := room.take(admitted):
+                chunks.append(self._chunk(admitted, num))
         return StepPlan(
             tuple(self._chunk(s, 1) for s in decodes),
             tuple(chunks),
@@ -208,9 +233,9 @@ class Batcher:
     def commit(self, plan: StepPlan, sampled: Mapping[str, int]) -> list[Sequence]:
         """Book a step that was run. ``sampled``: the new token of each request whose chunk samples.
 
-        Returns the sequences that got a token. A request that samples and is not in ``sampled`` has failed: the
-        caller finishes it, and lets ``KVBlocks`` forget what it holds. Requests that left since the plan are passed
-        over.
+        Returns the sequences that got a token, and those that ask for none and are computed. A request that samples and
+        is not in ``sampled`` has failed: the caller finishes it, and lets ``KVBlocks`` forget what it holds. Requests
+        that left since the plan are passed over.
         """
         self._budget.went_well()
         grown = []
@@ -228,6 +253,8 @@ class Batcher:
             if chunk.samples and chunk.request_id in sampled:
                 sequence.output.append(sampled[chunk.request_id])
                 self._account.output(chunk.request_id, 1)
+                grown.append(sequence)
+            elif not (chunk.samples or sequence.num_pending):
                 grown.append(sequence)
         return grown
 
@@ -405,7 +432,11 @@ class Batcher:
         num_tokens = request.num_input if back is None else back.num_tokens
         if back is not None and num_tokens // block_size > len(keys):
             keys.add(back.tokens(len(keys) * block_size, num_tokens))
-        return keys[: (num_tokens - 1) // block_size]
+        num_known = num_tokens - 1
+        if request.reads_all:
+            num_read = 0 if back is None else back.num_input_computed
+            num_known = num_known if num_read == request.num_input else num_read
+        return keys[: num_known // block_size]
 
     def _store(self, sequence: Sequence) -> None:
         """Blocks that the last step filled can be found from now on."""
@@ -416,15 +447,27 @@ class Batcher:
         self._kv.store(request_id, sequence.num_stored, keys[sequence.num_stored : num_full])
         sequence.num_stored = num_full
 
-    def _chunk(self, sequence: Sequence, budget: int) -> Chunk:
+    def _chunk(self, sequence: Sequence, num_tokens: int) -> Chunk:
         request_id = sequence.request.request_id
         position = sequence.num_computed
-        end = min(sequence.num_tokens, position + budget)
+        end = position + num_tokens
         return Chunk(
             request_id,
             position,
             sequence.tokens(position, end),
-            samples=end == sequence.num_tokens,
-            block_table=self._kv.table(request_id),
-            start=self._kv.start(request_id),
+            end == sequence.num_tokens and sequence.request.sampling.max_tokens > 0,
+            self._kv.table(request_id),
+            self._kv.start(request_id),
+            *(_asked(sequence, position, end) if sequence.is_read else ()),
         )
+
+
+def _asked(sequence: Sequence, position: int, end: int) -> tuple[int, tuple[int, ...], bool]:
+    """``read_from``, ``targets`` and ``pools`` of a chunk [position, end)."""
+    request = sequence.request
+    begin = max(position, sequence.num_input_computed)
+    if request.pooling is None:
+        return begin - position, request.prompt_token_ids[begin + 1 : end + 1], False
+    if request.pooling == "last":
+        begin = sequence.num_input - 1
+    return begin - position, (), begin < end

@@ -28,6 +28,7 @@ from fairserve.engine.hooks import Account, WaitingQueue
 from fairserve.engine.kv_blocks import KVBlocks
 from fairserve.engine.loading import LoadedModel, load_model
 from fairserve.engine.prefix_cache import KeyMaker
+from fairserve.engine.prompt_rows import PromptReading
 from fairserve.engine.request import (
     ErrorCode,
     FinishReason,
@@ -51,6 +52,7 @@ class _Live:
     request: GenerateRequest
     text: TextOutput
     reserved_blocks: int
+    prompt: PromptReading = field(default_factory=PromptReading)
 
 
 @dataclass(slots=True)
@@ -60,6 +62,7 @@ class _Made:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    embedding: bytes = b""
 
 
 class Engine:
@@ -104,7 +107,7 @@ class Engine:
 
         Raises:
             PromptTooLong: the prompt leaves no room for a single output token.
-            InvalidRequest: no prompt, an unknown token id, no output asked for, or an id that is in use.
+            InvalidRequest: no prompt, an unknown token id, output together with an embedding, or an id that is in use.
             ReplicaFailed: the engine is broken.
         """
         request_id = request.request_id
@@ -211,9 +214,9 @@ class Engine:
     def _check_request(self, request: GenerateRequest) -> None:
         if not request.prompt_token_ids:
             raise InvalidRequest("the prompt has no tokens", param="prompt")
-        if request.sampling.max_tokens < 1:
-            raise InvalidRequest("max_tokens must be at least 1", param="max_tokens")
-        if request.num_input >= self.limits.max_model_len:
+        if request.sampling.max_tokens < 0 or (request.pooling and request.sampling.max_tokens):
+            raise InvalidRequest("max_tokens must be 0 for an embedding, and never less", param="max_tokens")
+        if request.num_input + min(1, request.sampling.max_tokens) > self.limits.max_model_len:
             raise PromptTooLong(request.num_input, request.sampling.max_tokens, self.limits.max_model_len)
         if not 0 <= min(request.prompt_token_ids) <= max(request.prompt_token_ids) < self.limits.vocab_size:
             raise InvalidRequest(f"token ids must lie in [0, {self.limits.vocab_size})", param="prompt")
@@ -229,11 +232,21 @@ class Engine:
         """Book a step that was run. A request that it failed on is charged for its part of it: it was computed."""
         sampled = {request_id: row for request_id, row in result.rows.items() if row is not None}
         tokens = {request_id: s.token_id for request_id, s in sampled.items()}
+        for request_id, row in sampled.items():
+            if row.prompt is not None:
+                self._live[request_id].prompt.add(row.prompt)
         grown = self._batcher.commit(plan, tokens)
         for sequence in grown:
             request_id = sequence.request.request_id
+            if request_id in result.failed:
+                continue
             try:
-                self._advance(sequence, sampled[request_id])
+                if sequence.output:
+                    self._advance(sequence, sampled[request_id])
+                else:
+                    prompt = self._live[request_id].prompt
+                    made = _Made(logprobs=prompt.take(), embedding=prompt.embedding())
+                    self._finish(request_id, "length", made)
             except Exception as error:
                 logger.exception("making the text of request %s failed", request_id)
                 self._fail(request_id, f"the output could not be decoded: {error}", "model_error")
@@ -275,7 +288,7 @@ class Engine:
     def _advance(self, sequence: Sequence, new: Sampled) -> None:
         """Give out one new token and end the request where it ends."""
         request, live = sequence.request, self._live[sequence.request.request_id]
-        made = _Made(token_ids=[new.token_id], logprobs=[new.logprob] if new.logprob else [])
+        made = _Made(token_ids=[new.token_id], logprobs=live.prompt.take() + ([new.logprob] if new.logprob else []))
         reason: FinishReason | None = None
         stop_reason: str | int | None = None
         if new.token_id in request.sampling.stop_token_ids:
@@ -329,7 +342,16 @@ class Engine:
         token_ids, logprobs = tuple(made.token_ids), tuple(made.logprobs)
         self._outputs.append(
             RequestOutput(
-                request_id, made.text, token_ids, usage, logprobs, reason, stop_reason, error, error_code=code
+                request_id,
+                made.text,
+                token_ids,
+                usage,
+                logprobs,
+                reason,
+                stop_reason,
+                error,
+                error_code=code,
+                embedding=made.embedding,
             )
         )
 

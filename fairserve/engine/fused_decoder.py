@@ -45,6 +45,8 @@ INT8 = Products(Int8Linear, Int8Gate, folds=False)
 class Output(NamedTuple):
     logits: Tensor
     """[1, rows, vocabulary]."""
+    hidden: Tensor | None = None
+    """[T, hidden size]: what the head is applied to."""
 
 
 def can_fuse(model: nn.Module) -> bool:
@@ -74,9 +76,9 @@ class FusedDecoder(nn.Module):
         for layer in core.layers:
             self.layers.append(_FusedLayer(layer, windows or getattr(layer.self_attn, "sliding_window", None), kinds))
             release(layer.modules(), kept=())
-        self._norm, scale = _norm(core.norm, kinds)
+        self._norm, self._scale = _norm(core.norm, kinds)
         head = model.lm_head
-        self.head = kinds.linear(head.weight * scale, head.bias)
+        self.head = kinds.linear(head.weight * self._scale, head.bias)
         if head.weight is not self.embedding.weight:
             release([head], kept=())
 
@@ -84,7 +86,14 @@ class FusedDecoder(nn.Module):
         module: nn.Module = self.embedding
         return module
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, logits_to_keep: Tensor, use_cache: bool) -> Output:
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        logits_to_keep: Tensor,
+        use_cache: bool,
+        gives_hidden: bool = False,
+    ) -> Output:
         """``input_ids``, ``position_ids`` [1, T]; ``logits_to_keep`` [rows], the rows of T to give logits for."""
         x = self.embedding(input_ids[0])
         cos, sin = self._rotary(x, position_ids)
@@ -92,7 +101,10 @@ class FusedDecoder(nn.Module):
         turns = torch.complex(cos[0, :, :half], sin[0, :, :half]).unsqueeze(1)
         for layer in self.layers:
             x = layer(x, turns)
-        return Output(self.head(self._norm(x[logits_to_keep])).unsqueeze(0))
+        if not gives_hidden:
+            return Output(self.head(self._norm(x[logits_to_keep])).unsqueeze(0))
+        x = self._norm(x)
+        return Output(self.head(x[logits_to_keep]).unsqueeze(0), x * self._scale)
 
 
 class _FusedLayer(nn.Module):

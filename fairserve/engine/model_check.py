@@ -145,7 +145,7 @@ def _served_logits(
         ([chunk("a", rest + 1, rest + 2, True)], 1),
         ([chunk("a", rest + 2, rest + 3, True), chunk("b", half, rest, True)], 1),
     ]
-    return torch.cat([runner.forward(chunks, num_decodes) for chunks, num_decodes in steps]).float()
+    return torch.cat([runner.forward(chunks, num_decodes).logits for chunks, num_decodes in steps]).float()
 
 
 def serve_again(

@@ -12,6 +12,8 @@ FinishReason = Literal["stop", "length", "abort", "error", "returned"]
 """``returned``: the replica gives the request back unserved, to be granted anew; callers never see it."""
 ErrorCode = Literal["replica_failed", "model_error", "invalid_request"]
 """Whose fault an error is: the replica's (another may do better), the model's on this very request, or the caller's."""
+Pooling = Literal["mean", "last"]
+"""How the hidden states of a prompt become one: their mean, or that of its last token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +23,8 @@ class SamplingParams:
     Names and meanings are OpenAI's and vLLM's. ``temperature`` 0 is greedy. ``top_k`` 0 means off, ``min_p`` 0
     means off, ``repetition_penalty`` 1 means off (transformers' definition: over prompt and output tokens);
     presence and frequency penalties count output tokens only. ``logprobs`` is the number of alternatives per
-    output token (0: only the chosen token's), None for none.
+    output token (0: only the chosen token's), None for none; ``prompt_logprobs`` the same for every token of the prompt
+    but its first. With ``max_tokens`` 0 a request ends when its prompt is computed.
     """
 
     max_tokens: int = 16
@@ -38,6 +41,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     include_stop_str_in_output: bool = False
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,8 @@ class GenerateRequest:
     num_generated: int | None = None
     """The request goes on from a replica that died: the last so many of ``prompt_token_ids`` are its output until
     then, and all of them were charged there. None: it begins here."""
+    pooling: Pooling | None = None
+    """An embedding is asked for in place of output: the last hidden states of the prompt, pooled so."""
 
     @property
     def num_input(self) -> int:
@@ -72,6 +78,17 @@ class GenerateRequest:
     def num_prompt(self) -> int:
         """Tokens of the caller's own prompt."""
         return len(self.prompt_token_ids) - (self.num_generated or 0)
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Log probabilities of the prompt are to be given. They come with the first output token: where there was one
+        elsewhere, the caller has them."""
+        return self.sampling.prompt_logprobs is not None and not self.num_generated
+
+    @property
+    def reads_all(self) -> bool:
+        """Every token of the prompt must be computed here: what comes from the prefix cache has no hidden state."""
+        return self.pooling == "mean" or self.scores_prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +121,8 @@ class RequestOutput:
     token_ids: tuple[int, ...]
     usage: Usage
     logprobs: tuple[TokenLogprob, ...] = ()
+    """Of ``token_ids``. A request with ``prompt_logprobs`` has those of its prompt's tokens, from the second on, before
+    those of its first output."""
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     """The stop string or token id that ended the text, None for the end-of-sequence token or another reason."""
@@ -113,6 +132,8 @@ class RequestOutput:
     """Seconds from the router to the grant, in the first output of a request; None where nobody measured it."""
     error_code: ErrorCode = "replica_failed"
     """With finish_reason 'error'."""
+    embedding: bytes = b""
+    """With the finish reason of a request with ``pooling``: float32, little-endian, of length 1."""
 
 
 def failure(output: RequestOutput) -> FairServeError:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fairserve.engine.prompt_rows import PromptRows
 from fairserve.engine.request import GenerateRequest, SamplingParams, TokenLogprob
 
 GREEDY_BELOW = 1e-5
@@ -26,7 +27,9 @@ _CANDIDATES = 1024
 @dataclass(frozen=True, slots=True)
 class Sampled:
     token_id: int
+    """-1 where the chunk does not sample, and only its ``prompt`` was read."""
     logprob: TokenLogprob | None = None
+    prompt: PromptRows | None = None
 
 
 class _Row:
@@ -74,6 +77,10 @@ class Sampler:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def num_prompt_logprobs(self, request_id: str) -> int:
+        """Alternatives for each token of its prompt."""
+        return self._rows[request_id].params.prompt_logprobs or 0
 
     def sample(self, logits: Tensor, request_ids: Sequence[str], draws: Sequence[bool]) -> dict[str, Sampled | None]:
         """One token per row of ``logits`` [R, vocabulary] that draws, None for the others; a row that is not finite is

@@ -19,10 +19,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from fairserve.engine.batching import Chunk
-from fairserve.engine.runner import Runner
+from fairserve.engine.runner import Rows, Runner
 from fairserve.errors import ModelError
 
 logger = logging.getLogger(__name__)
@@ -79,7 +78,7 @@ class ShardedRunner(Runner):
         self._group: Any = dist.new_group(backend="gloo", timeout=IDLE)
         self._is_broken = False
 
-    def forward(self, chunks: Sequence[Chunk], num_decodes: int) -> Tensor:
+    def forward(self, chunks: Sequence[Chunk], num_decodes: int) -> Rows:
         return self._together("forward", super().forward, tuple(chunks), num_decodes)
 
     def copy(self, copies: Sequence[tuple[int, int]]) -> None:

@@ -91,7 +91,7 @@ class Engines(RuleBasedStateMachine):
         self.outputs: dict[str, list[RequestOutput]] = {}
         self.num_added = 0
 
-    @rule(length=st.integers(1, 39), max_tokens=st.integers(1, 30), client=st.sampled_from("abc"), eos=st.booleans())
+    @rule(length=st.integers(1, 39), max_tokens=st.integers(0, 30), client=st.sampled_from("abc"), eos=st.booleans())
     def add(self, length: int, max_tokens: int, client: str, eos: bool) -> None:
         name = f"r{self.num_added}"
         self.num_added += 1
