@@ -264,6 +264,9 @@ class EngineConfig(Strict):
     """Whose requests may find each other's tokens. Whoever shares can tell from the time to the first token whether a
     text was sent before. team, organisation: clients whose names are paths (organisation/team/user); others share with
     nobody. replica: everybody."""
+    pooling: Literal["off", "mean", "last"] = "off"
+    """How /v1/embeddings makes one vector of a prompt's last hidden states. mean: of all its tokens. last: its last
+    token's, and what the prefix cache holds is not computed again. off: there are no embeddings."""
     gpu_memory_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9
     """GPU only: part of the memory used for weights and KV cache together."""
     num_threads: PositiveInt | None = None
@@ -282,6 +285,11 @@ class EngineConfig(Strict):
     """Seed for requests that bring none; the k-th such request of a replica gets seed + k."""
     trust_remote_code: bool = False
     """Run Python code that a model repository brings along. Only for repositories you trust."""
+
+    @field_validator("pooling", mode="before")
+    @classmethod
+    def _off_in_yaml(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML's own reading of a plain off
 
 
 def key_digest(secret: str) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from fairserve.engine.request import GenerateRequest, RequestOutput, TokenLogprob
@@ -30,6 +30,8 @@ class Job:
     """Choices per prompt."""
     stream: bool
     include_usage: bool
+    prompt_logprobs: int | None = None
+    """Alternatives to list for each token of the prompt (vLLM's field), None to list nothing."""
 
 
 class Answer(ABC):
@@ -42,10 +44,12 @@ class Answer(ABC):
         self._job = job
         self._token_text = token_text
         self._begun: set[int] = set()
+        self._scored: dict[int, tuple[TokenLogprob, ...]] = {}
+        """Of each choice that has begun: the tokens of its prompt, from the second on, where it asked for them."""
 
     def whole(self, outputs: Mapping[int, RequestOutput]) -> Json:
         """The complete answer; ``outputs`` holds everything that was generated, by choice."""
-        choices = [self._choice(index, outputs[index]) for index in sorted(outputs)]
+        choices = [self._choice(index, self._apart(index, outputs[index])) for index in sorted(outputs)]
         return self._envelope(self.whole_object, choices) | {"usage": self.usage(outputs)}
 
     def chunk(self, index: int, output: RequestOutput) -> Json | None:
@@ -54,7 +58,7 @@ class Answer(ABC):
         if not (is_first or output.text or output.logprobs or output.finish_reason):
             return None
         self._begun.add(index)
-        chunk = self._envelope(self.chunk_object, [self._delta(index, output, is_first)])
+        chunk = self._envelope(self.chunk_object, [self._delta(index, self._apart(index, output), is_first)])
         return chunk | {"usage": None} if self._job.include_usage else chunk
 
     def usage_chunk(self, last: Mapping[int, RequestOutput]) -> Json:
@@ -88,6 +92,22 @@ class Answer(ABC):
             "choices": choices,
         }
 
+    def _apart(self, index: int, output: RequestOutput) -> RequestOutput:
+        """``output`` without the log probabilities of the prompt, which come before those of its first output."""
+        request = self._job.requests[index]
+        if index in self._scored or not request.scores_prompt:
+            return output
+        num = request.num_input - 1
+        self._scored[index] = output.logprobs[:num]
+        return replace(output, logprobs=output.logprobs[num:])
+
+    def _listed(self, index: int) -> Json:
+        """vLLM's ``prompt_logprobs``, where it was asked for."""
+        num_top = self._job.prompt_logprobs
+        if num_top is None:
+            return {}
+        return {"prompt_logprobs": listed(self._scored[index], num_top, self._token_text)}
+
     def _wants_logprobs(self, index: int) -> bool:
         return self._job.requests[index].sampling.logprobs is not None
 
@@ -101,6 +121,9 @@ class Answer(ABC):
 class ChatAnswer(Answer):
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
+
+    def whole(self, outputs: Mapping[int, RequestOutput]) -> Json:
+        return super().whole(outputs) | self._listed(0)
 
     def _choice(self, index: int, output: RequestOutput) -> Json:
         message = {"role": "assistant", "content": output.text, "refusal": None}
@@ -137,16 +160,16 @@ class CompletionAnswer(Answer):
         return {
             "index": index,
             "text": output.text,
-            "logprobs": self._logprobs(index, output) if self._wants_logprobs(index) else None,
-        } | _ending(output)
+            "logprobs": self._logprobs(index, output.logprobs) if self._wants_logprobs(index) else None,
+        } | (_ending(output) | self._listed(index))
 
     def _delta(self, index: int, output: RequestOutput, is_first: bool) -> Json:
         return self._choice(index, output)
 
-    def _logprobs(self, index: int, output: RequestOutput) -> Json:
+    def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> Json:
         """Offsets count characters of the tokens' texts since the beginning of the choice."""
         tokens, offsets, tops = [], [], []
-        for one in output.logprobs:
+        for one in logprobs:
             text = self._token_text(one.token_id)[0]
             tokens.append(text)
             offsets.append(self._num_chars[index])
@@ -156,7 +179,7 @@ class CompletionAnswer(Answer):
             tops.append({text: max(MIN_LOGPROB, one.logprob)} | top)
         return {
             "tokens": tokens,
-            "token_logprobs": [max(MIN_LOGPROB, one.logprob) for one in output.logprobs],
+            "token_logprobs": [max(MIN_LOGPROB, one.logprob) for one in logprobs],
             "top_logprobs": tops,
             "text_offset": offsets,
         }
@@ -167,3 +190,19 @@ def _ending(output: RequestOutput) -> Json:
     if output.finish_reason is None:
         return {"finish_reason": None}
     return {"finish_reason": output.finish_reason, "stop_reason": output.stop_reason}
+
+
+def listed(scored: Sequence[TokenLogprob], num_top: int, token_text: TokenText) -> list[Json | None]:
+    """vLLM's ``prompt_logprobs``: for each token of the prompt what was likely there, by token id, itself included;
+    null for the first. ``rank`` is null where a token is not among the ``num_top`` most likely."""
+    return [None, *(_ranked(one, num_top, token_text) for one in scored)]
+
+
+def _ranked(one: TokenLogprob, num_top: int, token_text: TokenText) -> Json:
+    def entry(token_id: int, logprob: float, rank: int | None) -> Json:
+        return {"logprob": max(MIN_LOGPROB, logprob), "rank": rank, "decoded_token": token_text(token_id)[0]}
+
+    top = one.top[:num_top]
+    rank = next((rank for rank, (token_id, _) in enumerate(one.top, 1) if token_id == one.token_id), None)
+    shown = {str(one.token_id): entry(one.token_id, one.logprob, rank)}
+    return shown | {str(token_id): entry(token_id, logprob, rank) for rank, (token_id, logprob) in enumerate(top, 1)}

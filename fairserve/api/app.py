@@ -12,10 +12,12 @@ from fairserve.api import openapi, streaming
 from fairserve.api.admin import PREFIX, create_admin
 from fairserve.api.admin_service import AdminService
 from fairserve.api.bodies import read_json
+from fairserve.api.embeddings import EmbeddingRequest
 from fairserve.api.http_errors import install, request_id_of
 from fairserve.api.labels import labels_of
 from fairserve.api.openai_schema import ChatRequest, CompletionRequest, parse
-from fairserve.api.service import OpenAIService
+from fairserve.api.service import Generation, OpenAIService
+from fairserve.api.tokenizing import DetokenizeRequest, TokenizeRequest
 
 
 def create_app(
@@ -49,6 +51,30 @@ def create_app(
     async def completions(request: Request) -> Response:
         return await _generate(service_provider(), request, CompletionRequest)
 
+    @app.post(
+        "/v1/embeddings",
+        openapi_extra=openapi.takes(EmbeddingRequest),
+        responses=openapi.answered(openapi.EmbeddingList),
+    )
+    async def embeddings(request: Request) -> Response:
+        return await _generate(service_provider(), request, EmbeddingRequest)
+
+    @app.post("/tokenize", openapi_extra=openapi.takes(TokenizeRequest), responses=openapi.answered(openapi.Tokenized))
+    async def tokenize(request: Request) -> Response:
+        service = service_provider()
+        service.identify(request.headers)
+        body = parse(TokenizeRequest, await read_json(request, service.max_body_bytes, service.read_timeout_s))
+        return JSONResponse(await service.tokenize(body))
+
+    @app.post(
+        "/detokenize", openapi_extra=openapi.takes(DetokenizeRequest), responses=openapi.answered(openapi.Detokenized)
+    )
+    async def detokenize(request: Request) -> Response:
+        service = service_provider()
+        service.identify(request.headers)
+        body = parse(DetokenizeRequest, await read_json(request, service.max_body_bytes, service.read_timeout_s))
+        return JSONResponse(await service.detokenize(body))
+
     @app.get("/v1/models", responses=openapi.answered(openapi.ModelList))
     async def models(request: Request) -> Response:
         service = service_provider()
@@ -72,9 +98,7 @@ def create_app(
     return app
 
 
-async def _generate(
-    service: OpenAIService, request: Request, kind: type[ChatRequest] | type[CompletionRequest]
-) -> Response:
+async def _generate(service: OpenAIService, request: Request, kind: type[Generation]) -> Response:
     client = service.identify(request.headers)  # before the body: strangers get no parsing
     body = parse(kind, await read_json(request, service.max_body_bytes, service.read_timeout_s))
     labels = labels_of(request.headers, body.metadata or {}, client)
@@ -82,7 +106,7 @@ async def _generate(
     async def respond(scope: Scope, receive: Receive, send: Send) -> None:
         meter = service.meter(client, request.headers.get("traceparent", ""))
         job = await service.job(body, client, labels, meter.span.traceparent)
-        answer, batches = service.answer(body, job), meter.outputs(service.generate(job))
+        answer, batches = await service.answer(body, job), meter.outputs(service.generate(job))
         deadline = meter.watching(service.deadline())
         if not body.stream:
             response = await streaming.whole(answer, batches, deadline)

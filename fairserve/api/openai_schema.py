@@ -61,7 +61,7 @@ _METADATA = {
 }
 _TOKEN_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 _STRINGS = {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1}
-_PROMPT = {
+PROMPT = {
     "anyOf": [
         {"type": "string", "minLength": 1},
         _STRINGS,
@@ -71,7 +71,8 @@ _PROMPT = {
 }
 
 
-def _refuse(kind: str, message: str, field: str = "") -> PydanticCustomError:
+def refuse(kind: str, message: str, field: str = "") -> PydanticCustomError:
+    """What a validator raises; ``field`` where the field at fault is not its own."""
     return PydanticCustomError(kind, "{message}", {"message": message, "field": field})
 
 
@@ -106,7 +107,7 @@ class Body(BaseModel):
             elif value is not None and not any(
                 type(value) is type(neutral) and value == neutral for neutral in cls.unsupported[name]
             ):
-                raise _refuse("unsupported_field", "is not supported yet: leave it out", name)
+                raise refuse("unsupported_field", "is not supported yet: leave it out", name)
         return kept
 
     @classmethod
@@ -114,7 +115,7 @@ class Body(BaseModel):
         name = str(name)[:MAX_NAME_CHARS]
         near = difflib.get_close_matches(name, [*cls.model_fields, *cls.unsupported], n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(cls.model_fields)}"
-        return _refuse("unknown_field", f"unknown field, {hint}", name)
+        return refuse("unknown_field", f"unknown field, {hint}", name)
 
 
 class StreamOptions(Body):
@@ -148,16 +149,16 @@ class Message(Body):
 
 def _text_of_part(index: int, part: Any) -> str:
     if not isinstance(part, dict):
-        raise _refuse("wrong_part", f"part {index} is not an object")
+        raise refuse("wrong_part", f"part {index} is not an object")
     kind, text = part.get("type"), part.get("text")
     if kind != "text":
         shown = repr(kind)[:MAX_NAME_CHARS]
-        raise _refuse("unsupported_part", f"part {index} has type {shown}: only 'text' parts are supported")
+        raise refuse("unsupported_part", f"part {index} has type {shown}: only 'text' parts are supported")
     if not isinstance(text, str):
-        raise _refuse("wrong_part", f"part {index} has no string in 'text'")
+        raise refuse("wrong_part", f"part {index} has no string in 'text'")
     for name in part:
         if name not in ("type", "text"):
-            raise _refuse("unknown_field", f"part {index} has an unknown field {name[:MAX_NAME_CHARS]!r}")
+            raise refuse("unknown_field", f"part {index} has an unknown field {name[:MAX_NAME_CHARS]!r}")
     return text
 
 
@@ -182,6 +183,8 @@ class Sampled(Body):
     stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=128), FailFast()] = []
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
+    prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    """vLLM's: alternatives for each token of the prompt. Not with a stream."""
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -192,16 +195,16 @@ class Sampled(Body):
     @classmethod
     def _pairs(cls, value: Any) -> Any:
         if not isinstance(value, dict):
-            raise _refuse("wrong_metadata", "must be an object whose values are strings")
+            raise refuse("wrong_metadata", "must be an object whose values are strings")
         if len(value) > MAX_PAIRS:
-            raise _refuse("wrong_metadata", f"holds {len(value)} pairs, at most {MAX_PAIRS} are allowed")
+            raise refuse("wrong_metadata", f"holds {len(value)} pairs, at most {MAX_PAIRS} are allowed")
         for key, text in value.items():
             if len(key) > MAX_KEY_CHARS:
-                raise _refuse("wrong_metadata", f"has a key of {len(key)} characters, at most {MAX_KEY_CHARS}")
+                raise refuse("wrong_metadata", f"has a key of {len(key)} characters, at most {MAX_KEY_CHARS}")
             if not isinstance(text, str):
-                raise _refuse("wrong_metadata", "must be a string", key)
+                raise refuse("wrong_metadata", "must be a string", key)
             if len(text) > MAX_VALUE_CHARS:
-                raise _refuse("wrong_metadata", f"has {len(text)} characters, at most {MAX_VALUE_CHARS}", key)
+                raise refuse("wrong_metadata", f"has {len(text)} characters, at most {MAX_VALUE_CHARS}", key)
         return value
 
     @field_validator("stop", mode="before")
@@ -209,17 +212,19 @@ class Sampled(Body):
     def _stop_strings(cls, value: Any) -> tuple[str, ...]:
         stop = [value] if isinstance(value, str) else value
         if not isinstance(stop, list) or not all(isinstance(one, str) for one in stop):
-            raise _refuse("wrong_stop", "must be a string or a list of strings")
+            raise refuse("wrong_stop", "must be a string or a list of strings")
         if len(stop) > MAX_STOP_STRINGS:
-            raise _refuse("wrong_stop", f"holds {len(stop)} strings, at most {MAX_STOP_STRINGS} are allowed")
+            raise refuse("wrong_stop", f"holds {len(stop)} strings, at most {MAX_STOP_STRINGS} are allowed")
         if not all(0 < len(one) <= MAX_STOP_CHARS for one in stop):
-            raise _refuse("wrong_stop", f"every stop string must have 1 to {MAX_STOP_CHARS} characters")
+            raise refuse("wrong_stop", f"every stop string must have 1 to {MAX_STOP_CHARS} characters")
         return tuple(stop)
 
     @model_validator(mode="after")
     def _options_need_a_stream(self) -> Sampled:
         if self.stream_options is not None and not self.stream:
-            raise _refuse("wrong_field", "is only allowed with stream = true", "stream_options")
+            raise refuse("wrong_field", "is only allowed with stream = true", "stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise refuse("wrong_field", "is only allowed with stream = false", "prompt_logprobs")
         return self
 
     @property
@@ -235,6 +240,11 @@ class Sampled(Body):
     def asked_logprobs(self) -> int | None:
         """Alternatives per token, None when no log probabilities were asked for."""
         raise NotImplementedError
+
+    @property
+    def asked_prompt_logprobs(self) -> int | None:
+        """Alternatives per token of the prompt, None when no log probabilities of it were asked for."""
+        return self.prompt_logprobs
 
     def sampling(self, max_tokens: int, choice: int) -> SamplingParams:
         """The engine's parameters for the ``choice``-th (from 0) sequence of one prompt."""
@@ -256,6 +266,7 @@ class Sampled(Body):
             ignore_eos=self.ignore_eos,
             logprobs=self.asked_logprobs,
             include_stop_str_in_output=self.include_stop_str_in_output,
+            prompt_logprobs=self.asked_prompt_logprobs,
         )
 
 
@@ -294,9 +305,9 @@ class ChatRequest(Sampled):
     @model_validator(mode="after")
     def _fields_agree(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
-            raise _refuse("wrong_field", "is only allowed with logprobs = true", "top_logprobs")
+            raise refuse("wrong_field", "is only allowed with logprobs = true", "top_logprobs")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise _refuse("wrong_field", "differs from max_tokens: give one of the two", "max_completion_tokens")
+            raise refuse("wrong_field", "differs from max_tokens: give one of the two", "max_completion_tokens")
         return self
 
     @property
@@ -311,37 +322,61 @@ class ChatRequest(Sampled):
 class CompletionRequest(Sampled):
     """The body of ``POST /v1/completions``."""
 
-    unsupported = {"logit_bias": ({},), "suffix": ("",), "echo": (False,)}
+    unsupported = {"logit_bias": ({},), "suffix": ("",)}
 
-    prompt: Annotated[tuple[Prompt, ...], WithJsonSchema(_PROMPT)]
+    prompt: Annotated[tuple[Prompt, ...], WithJsonSchema(PROMPT)]
     """A string, a list of strings, a list of token ids, or a list of such lists."""
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    """0 only with echo: the prompt is scored, and nothing follows it."""
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: bool = False
+    """The text begins with the prompt, and logprobs with those of the prompt's tokens."""
     best_of: Annotated[int, Field(ge=1)] | None = None
     """Only at its neutral value: equal to n."""
 
     @field_validator("prompt", mode="before")
     @classmethod
     def _prompts(cls, value: Any) -> tuple[Prompt, ...]:
-        if isinstance(value, str):
-            return (value,)
-        if isinstance(value, list) and value:
-            if all(isinstance(one, str) for one in value):
-                return tuple(value)
-            if _are_token_ids(value):
-                return (tuple(value),)
-            if all(isinstance(one, list) and _are_token_ids(one) for one in value):
-                return tuple(tuple(one) for one in value)
-        raise _refuse("wrong_prompt", "must be a string or token ids (integers from 0), or a list of such prompts")
+        return prompts_of(value)
 
     @model_validator(mode="after")
     def _no_ranking(self) -> CompletionRequest:
         if self.best_of not in (None, self.n):
-            raise _refuse("unsupported_field", "is not supported yet: leave it out", "best_of")
+            raise refuse("unsupported_field", "is not supported yet: leave it out", "best_of")
+        return self
+
+    @model_validator(mode="after")
+    def _asks_for_something(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.echo:
+            raise refuse("wrong_field", "0 is only allowed with echo = true", "max_tokens")
         return self
 
     @property
     def asked_logprobs(self) -> int | None:
         return self.logprobs
+
+    @property
+    def asked_prompt_logprobs(self) -> int | None:
+        asked = [num for num in (self.prompt_logprobs, self.logprobs if self.echo else None) if num is not None]
+        return max(asked, default=None)
+
+
+def prompts_of(value: Any) -> tuple[Prompt, ...]:
+    """One or several prompts, as OpenAI writes them.
+
+    Raises:
+        PydanticCustomError: they are written in another way.
+    """
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, list) and value:
+        if all(isinstance(one, str) for one in value):
+            return tuple(value)
+        if _are_token_ids(value):
+            return (tuple(value),)
+        if all(isinstance(one, list) and _are_token_ids(one) for one in value):
+            return tuple(tuple(one) for one in value)
+    raise refuse("wrong_prompt", "must be a string or token ids (integers from 0), or a list of such prompts")
 
 
 def _are_token_ids(values: list[Any]) -> bool:

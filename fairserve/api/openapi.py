@@ -14,12 +14,22 @@ from pydantic.json_schema import models_json_schema
 
 from fairserve import __version__
 from fairserve.api.admin import ErrorBody
+from fairserve.api.embeddings import EmbeddingRequest
 from fairserve.api.openai_schema import Body, ChatRequest, CompletionRequest, Message, StreamOptions
+from fairserve.api.tokenizing import DetokenizeRequest, TokenizeRequest
 
 REF = "#/components/schemas/{model}"
-DESCRIPTION = """OpenAI's chat and completions, fair among clients. Unknown fields are refused; fields of OpenAI's that
-are not supported are accepted at the values that ask for nothing."""
-BODIES: tuple[type[Body], ...] = (ChatRequest, CompletionRequest, Message, StreamOptions)
+DESCRIPTION = """OpenAI's chat, completions and embeddings, fair among clients. Unknown fields are refused; fields of
+OpenAI's that are not supported are accepted at the values that ask for nothing."""
+BODIES: tuple[type[Body], ...] = (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    Message,
+    StreamOptions,
+    TokenizeRequest,
+)
 KEY = "apiKey"
 Json = dict[str, Any]
 Finish = Literal["stop", "length", "abort"] | None
@@ -70,6 +80,35 @@ class Completion(Answered):
     model: str
     choices: list[TextChoice]
     usage: Usage
+
+
+class PromptUsage(Answered):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embedding(Answered):
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingList(Answered):
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: PromptUsage
+
+
+class Tokenized(Answered):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Detokenized(Answered):
+    prompt: str
 
 
 class Model(Answered):
@@ -131,7 +170,7 @@ def _described(app: FastAPI) -> Json:
     text = "A client's API key; without any key the service is open, and this names the client"
     components["securitySchemes"] = {KEY: {"type": "http", "scheme": "bearer", "description": text}}
     for path, operations in document["paths"].items():
-        for operation in operations.values() if path.startswith("/v1/") else ():
+        for operation in operations.values() if path != "/health" else ():
             operation["security"] = [{KEY: []}, {}]
     return document
 

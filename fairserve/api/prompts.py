@@ -28,7 +28,7 @@ class TextTokenizer(Protocol):
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
 
-    def decode(self, token_ids: list[int]) -> str: ...
+    def decode(self, token_ids: list[int], *, clean_up_tokenization_spaces: bool = ...) -> str: ...
 
     def convert_ids_to_tokens(self, ids: int) -> str: ...
 
@@ -45,8 +45,10 @@ class Prompts:
         self.num_tokens = len(tokenizer)
         self.token_text = functools.lru_cache(maxsize=65_536)(functools.partial(token_text, tokenizer))
 
-    async def of_chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """Token ids of a conversation, ready for the assistant's turn.
+    async def of_chat(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, add_special_tokens: bool = False
+    ) -> tuple[int, ...]:
+        """Token ids of a conversation, ready for the assistant's turn. Its template writes the special tokens itself.
 
         Raises:
             InvalidRequest: the model has no chat template, or its template refuses this conversation.
@@ -55,10 +57,11 @@ class Prompts:
             detail = "this model has no chat template, so it cannot chat: use /v1/completions"
             raise InvalidRequest(detail, param="messages", code="no_chat_template")
         num_chars = sum(len(message.content) + 32 for message in messages)
-        return await _run(self._render_and_encode, messages, num_chars)
+        encode = functools.partial(self._render_and_encode, add_generation_prompt, add_special_tokens)
+        return await _run(encode, messages, num_chars)
 
-    async def of_prompts(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
-        """Token ids of completion prompts.
+    async def of_prompts(self, prompts: Sequence[Prompt], param: str = "prompt") -> list[tuple[int, ...]]:
+        """Token ids of completion prompts, which the request body calls ``param``.
 
         Raises:
             InvalidRequest: a prompt is empty, or a token id is outside the vocabulary.
@@ -67,16 +70,41 @@ class Prompts:
         encoded = await _run(self._encode_all, prompts, num_chars)
         for token_ids in encoded:
             if not token_ids:
-                raise InvalidRequest("prompt: must hold at least one token", param="prompt")
-            if max(token_ids) >= self.num_tokens:
-                detail = f"prompt: token ids must be below {self.num_tokens}, the size of the vocabulary"
-                raise InvalidRequest(detail, param="prompt")
+                raise InvalidRequest(f"{param}: must hold at least one token", param=param)
+            self.check_ids(token_ids, param)
         return encoded
+
+    def check_ids(self, token_ids: Sequence[int], param: str) -> None:
+        """
+        Raises:
+            InvalidRequest: one is outside the vocabulary.
+        """
+        if max(token_ids, default=0) >= self.num_tokens:
+            detail = f"{param}: token ids must be below {self.num_tokens}, the size of the vocabulary"
+            raise InvalidRequest(detail, param=param)
+
+    async def texts(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Of prompts as they were sent."""
+        return [one if isinstance(one, str) else await self.decoded(one) for one in prompts]
+
+    async def encoded(self, text: str, add_special_tokens: bool) -> list[int]:
+        encode = functools.partial(self._tokenizer.encode, add_special_tokens=add_special_tokens)
+        return await _run(encode, text, len(text))
+
+    async def decoded(self, token_ids: Sequence[int]) -> str:
+        decode = functools.partial(self._tokenizer.decode, clean_up_tokenization_spaces=False)
+        return await _run(decode, list(token_ids), len(token_ids))
+
+    def names(self, token_ids: Sequence[int]) -> list[str]:
+        """The tokens as the vocabulary writes them."""
+        return [self._tokenizer.convert_ids_to_tokens(one) for one in token_ids]
 
     def _encode_all(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
         return [tuple(self._tokenizer.encode(one)) if isinstance(one, str) else one for one in prompts]
 
-    def _render_and_encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
+    def _render_and_encode(
+        self, add_generation_prompt: bool, add_special_tokens: bool, messages: Sequence[Message]
+    ) -> tuple[int, ...]:
         knows_developer = "developer" in str(self._tokenizer.chat_template)
         conversation = []
         for message in messages:
@@ -85,12 +113,13 @@ class Prompts:
                 turn["role"] = "system"  # OpenAI's newer name of the same role
             conversation.append(turn)
         try:
-            text = self._tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+            text = self._tokenizer.apply_chat_template(
+                conversation, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
         except jinja2.TemplateError as error:
             detail = f"messages: this model's chat template refuses them: {str(error)[:200]}"
             raise InvalidRequest(detail, param="messages", code="chat_template") from None
-        # The template wrote the special tokens itself.
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+        return tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
 
 async def _run(work: Callable[[A], R], argument: A, num_chars: int) -> R:

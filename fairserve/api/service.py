@@ -12,12 +12,15 @@ from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
 from fairserve.api.answers import Answer, ChatAnswer, CompletionAnswer, Job
+from fairserve.api.echo import EchoAnswer
+from fairserve.api.embeddings import EmbeddingAnswer, EmbeddingRequest
 from fairserve.api.identity import OPEN_WARNING, Client, Headers, Identities
 from fairserve.api.labels import NO_LABELS, Labels
 from fairserve.api.merging import Batch, merged
 from fairserve.api.openai_schema import ChatRequest, CompletionRequest
 from fairserve.api.prompts import Prompts, TextTokenizer
 from fairserve.api.request_metrics import RequestMeter, RequestMetrics
+from fairserve.api.tokenizing import DetokenizeRequest, TokenizeRequest, detokenized, tokenized
 from fairserve.clock import SystemClock
 from fairserve.cluster.metrics_sink import NO_METRICS, MetricsSink
 from fairserve.cluster.tracing import NO_TRACING, REQUEST, Tracer
@@ -27,10 +30,13 @@ from fairserve.errors import InvalidRequest, PromptTooLong, RequestTimeout, Unkn
 
 logger = logging.getLogger(__name__)
 
-Generation = ChatRequest | CompletionRequest
+Generation = ChatRequest | CompletionRequest | EmbeddingRequest
 COMPLETION_MAX_TOKENS = 16
 """OpenAI's default for /v1/completions."""
 HEALTH_TIMEOUT_S = 2.0
+PARAMS: dict[type, str] = {ChatRequest: "messages", CompletionRequest: "prompt", EmbeddingRequest: "input"}
+"""What each kind of body calls its prompts."""
+ID_PREFIXES: dict[type, str] = {ChatRequest: "chatcmpl", CompletionRequest: "cmpl", EmbeddingRequest: "embd"}
 
 
 class Backend(Protocol):
@@ -87,6 +93,7 @@ class OpenAIService:
         self.model_name = args.model_name
         self.max_body_bytes = args.api.max_body_bytes
         self.read_timeout_s = args.api.read_timeout_s
+        self._pooling = None if args.engine.pooling == "off" else args.engine.pooling
         self._limits = args.api.model_copy(update={"keys": (), "admin_keys": ()})
         self.deployed = self._identities = Identities.from_config(args.api, environ)
         """Who has a key of the deployment."""
@@ -145,6 +152,16 @@ class OpenAIService:
             return body | {"mode": "open", "warning": OPEN_WARNING}
         return body | {"mode": "keyed"}
 
+    async def tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
+        """See :func:`fairserve.api.tokenizing.tokenized`."""
+        self.check_model(body.model or self.model_name)
+        return await tokenized(body, self._prompts, self._max_model_len)
+
+    async def detokenize(self, body: DetokenizeRequest) -> dict[str, Any]:
+        """See :func:`fairserve.api.tokenizing.detokenized`."""
+        self.check_model(body.model or self.model_name)
+        return await detokenized(body, self._prompts)
+
     def meter(self, client: Client, trace: str = "") -> RequestMeter:
         """Begin to measure a request of this client; ``trace``: the caller's traceparent."""
         span = self._tracer.begin(REQUEST, trace, client=client.name, model=self.model_name)
@@ -160,13 +177,16 @@ class OpenAIService:
             UnknownModel, InvalidRequest, PromptTooLong: see :mod:`fairserve.errors`.
         """
         self.check_model(body.model)
+        if isinstance(body, EmbeddingRequest) and self._pooling is None:
+            detail = "this service makes no embeddings: its setting engine.pooling is off (mean and last make them)"
+            raise InvalidRequest(detail, code="embeddings_off")
         if isinstance(body, ChatRequest):
             self._check_choices(1, body.n)
             prompts: Sequence[tuple[int, ...]] = [await self._prompts.of_chat(body.messages)]
         else:
-            self._check_choices(len(body.prompt), body.n)
-            prompts = await self._prompts.of_prompts(body.prompt)
-        response_id = f"{'chatcmpl' if isinstance(body, ChatRequest) else 'cmpl'}-{secrets.token_hex(16)}"
+            self._check_choices(len(body.prompt), body.n, "input" if isinstance(body, EmbeddingRequest) else "n")
+            prompts = await self._prompts.of_prompts(body.prompt, PARAMS[type(body)])
+        response_id = f"{ID_PREFIXES[type(body)]}-{secrets.token_hex(16)}"
         return Job(
             response_id=response_id,
             created_s=int(self._unix_time_s()),
@@ -175,11 +195,16 @@ class OpenAIService:
             n=body.n,
             stream=body.stream,
             include_usage=body.include_usage,
+            prompt_logprobs=None if isinstance(body, EmbeddingRequest) else body.prompt_logprobs,
         )
 
-    def answer(self, body: Generation, job: Job) -> Answer:
-        kind = ChatAnswer if isinstance(body, ChatRequest) else CompletionAnswer
-        return kind(job, self._prompts.token_text)
+    async def answer(self, body: Generation, job: Job) -> Answer:
+        token_text = self._prompts.token_text
+        if isinstance(body, EmbeddingRequest):
+            return EmbeddingAnswer(job, token_text, body.encoding_format)
+        if isinstance(body, CompletionRequest) and body.echo:
+            return EchoAnswer(job, token_text, await self._prompts.texts(body.prompt))
+        return (ChatAnswer if isinstance(body, ChatRequest) else CompletionAnswer)(job, token_text)
 
     def generate(self, job: Job) -> AsyncGenerator[Batch, None]:
         """Run all sequences of a job at once. Close it (``aclosing``): that cancels what still runs."""
@@ -200,12 +225,12 @@ class OpenAIService:
                 raise RequestTimeout(self._limits.request_timeout_s) from None
             raise
 
-    def _check_choices(self, num_prompts: int, n: int) -> None:
+    def _check_choices(self, num_prompts: int, n: int, param: str = "n") -> None:
         most = self._limits.max_choices
         if num_prompts * n > most:
             asked = f"n = {n}" if num_prompts == 1 else f"{num_prompts} prompts with n = {n}"
-            detail = f"n: {asked[:64]} asks for more than {most} sequences, the most that one request may have"
-            raise InvalidRequest(detail, param="n")
+            detail = f"{param}: {asked[:64]} asks for more than {most} sequences, the most that one request may have"
+            raise InvalidRequest(detail, param=param)
 
     def _requests(
         self,
@@ -231,6 +256,7 @@ class OpenAIService:
                     interaction=labels.interaction,
                     call_index=labels.call_index,
                     trace=trace,
+                    pooling=self._pooling if isinstance(body, EmbeddingRequest) else None,
                 )
                 requests.append(request)
         return requests
@@ -239,9 +265,8 @@ class OpenAIService:
         is_chat = isinstance(body, ChatRequest)
         left = self._max_model_len - num_prompt
         asked = body.asked_output
-        if left < 1 or (asked is not None and asked > left):
-            param = "messages" if is_chat else "prompt"
-            raise PromptTooLong(num_prompt, asked or 1, self._max_model_len, param)
+        if left < (1 if asked is None else asked):
+            raise PromptTooLong(num_prompt, 1 if asked is None else asked, self._max_model_len, PARAMS[type(body)])
         if asked is not None:
             return asked
         return min(left, self._limits.default_max_tokens or (left if is_chat else COMPLETION_MAX_TOKENS))

@@ -54,9 +54,7 @@ class PromptReading:
         return unit.numpy().astype("<f4").tobytes()
 
 
-def scores(
-    logits: Tensor, targets: Sequence[Sequence[int]], num_top: Sequence[int]
-) -> list[tuple[TokenLogprob, ...]]:
+def scores(logits: Tensor, targets: Sequence[Sequence[int]], num_top: Sequence[int]) -> list[tuple[TokenLogprob, ...]]:
     """Log probabilities of ``targets``, by chunk, with the ``num_top`` most likely tokens of each row.
 
     ``logits`` [n, vocabulary]: the rows that the targets follow, chunk by chunk.
@@ -81,8 +79,8 @@ def scores(
 
 @contextmanager
 def last_hidden(model: Any) -> Iterator[list[Tensor]]:
-    """Of a model of transformers' that runs inside: the hidden states [1, T, size] that its head is applied to. Of None:
-    nothing.
+    """Of a model of transformers' that runs inside: the hidden states [1, T, size] that its head is applied to; nothing
+    of None.
 
     Raises:
         NotImplementedError: it does not tell its head from the rest.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,8 +14,9 @@ from fastapi import FastAPI
 
 from fairserve.api.app import create_app
 from fairserve.api.service import OpenAIService
-from fairserve.config import ApiConfig, FairServeArgs
+from fairserve.config import ApiConfig, EngineConfig, FairServeArgs
 from tests.api.scripted import ScriptedBackend, byte_tokenizer
+from tests.tiny_model import save_tiny_model
 
 MODEL = "tiny"
 CONTEXT = 200
@@ -78,4 +80,39 @@ async def http(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
 @pytest.fixture
 async def client(app: FastAPI) -> AsyncIterator[openai.AsyncOpenAI]:
     async with http_of(app) as http:
+        yield openai.AsyncOpenAI(api_key="alice", base_url="http://fairserve/v1", http_client=http, max_retries=0)
+
+
+# -- a real engine behind the API, for what only a model can show ------------------------------------------------------
+
+REAL = EngineConfig(max_num_seqs=8, max_num_batched_tokens=32, kv_cache_tokens=2048, pooling="mean")
+
+
+@pytest.fixture(scope="session")
+def real_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def real_model(real_folder: Path) -> Any:
+    """The same model in transformers alone."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(real_folder, dtype="float32").eval()
+
+
+@pytest.fixture(scope="session")
+def real_engine(real_folder: Path) -> Iterator[Any]:
+    from tests.api.engine_backend import EngineBackend
+
+    backend = EngineBackend(str(real_folder), REAL)
+    yield backend
+    backend.stop()
+
+
+@pytest.fixture
+async def real_client(real_engine: Any) -> AsyncIterator[openai.AsyncOpenAI]:
+    args = FairServeArgs(served_model_name=MODEL, engine=REAL)
+    service = OpenAIService(args, real_engine, real_engine.tokenizer, real_engine.max_model_len, environ={})
+    async with http_of(app_of(service)) as http:
         yield openai.AsyncOpenAI(api_key="alice", base_url="http://fairserve/v1", http_client=http, max_retries=0)

@@ -61,6 +61,9 @@ def output(
     if alternatives is not None:
         top = tuple((token_id + i, -0.5 - i) for i in range(alternatives))
         logprobs = (TokenLogprob(token_id, -0.5, top),)
+    if request.scores_prompt and num_output == 1:
+        scored = [TokenLogprob(token, -1.0, ((token, -1.0),)) for token in request.prompt_token_ids[1:]]
+        logprobs = (*scored, *logprobs)
     usage = Usage(request.num_input, cached, num_output)
     return RequestOutput(request.request_id, text, (token_id,), usage, logprobs, finish)
 

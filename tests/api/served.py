@@ -54,7 +54,12 @@ class Served:
             "admin_keys": [{"name": "ops", "key": ADMIN_KEY}],
         }
         args = FairServeArgs.model_validate(
-            {"served_model_name": "tiny", "counter": {"store": str(store)}, "api": keys | api}
+            {
+                "served_model_name": "tiny",
+                "counter": {"store": str(store)},
+                "api": keys | api,
+                "engine": {"pooling": "mean"},
+            }
         )
         self.actor = CounterService(without_keys(args).model_dump_json(), metrics=self.metrics)
         self.backend = ScriptedBackend(words("Hello", " world"))

@@ -37,6 +37,9 @@ CHECKS = (
 OPERATIONS = (
     "POST /v1/chat/completions",
     "POST /v1/completions",
+    "POST /v1/embeddings",
+    "POST /tokenize",
+    "POST /detokenize",
     "GET /v1/models",
     "GET /v1/models/{name}",
     "GET /health",
