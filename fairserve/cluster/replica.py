@@ -125,6 +125,8 @@ class ReplicaCore:
             InvalidRequest: the engine does not take it.
         """
         request_id = request.request_id
+        if request.sampling.grammar is not None:
+            await asyncio.to_thread(self._engine_loop.prepare, request.sampling.grammar)
         if self._is_draining and self.is_healthy:
             yield RequestOutput(request_id, "", (), Usage(0, 0, 0), finish_reason="returned")
             return

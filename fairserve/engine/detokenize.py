@@ -77,6 +77,8 @@ class TextOutput:
         self._decoder = None if tokenizer is None else make_decoder(tokenizer, prompt)
         self._stop = params.stop
         self._include_stop = params.include_stop_str_in_output
+        self._unsearched = params.min_tokens
+        """Tokens to come in whose text no stop string is looked for."""
         self._held = ""
 
     def push(self, token_id: int) -> tuple[str, str | None]:
@@ -84,6 +86,9 @@ class TextOutput:
         if self._decoder is None:
             return "", None
         self._held += self._decoder.push(token_id)
+        if self._unsearched > 0:
+            self._unsearched -= 1
+            return self.flush(), None
         found = min(((at, s) for s in self._stop if (at := self._held.find(s)) >= 0), default=None)
         if found is not None:
             at, stop = found

@@ -24,6 +24,7 @@ from fairserve.engine.batching import Batcher, Chunk, Sequence, StepPlan
 from fairserve.engine.detokenize import TextOutput
 from fairserve.engine.events import Limits, StepEvents
 from fairserve.engine.faults import EngineBroken, StepResult, StepRunner, run_step
+from fairserve.engine.grammar import Grammars
 from fairserve.engine.hooks import Account, WaitingQueue
 from fairserve.engine.kv_blocks import KVBlocks
 from fairserve.engine.loading import LoadedModel, load_model
@@ -107,7 +108,8 @@ class Engine:
 
         Raises:
             PromptTooLong: the prompt leaves no room for a single output token.
-            InvalidRequest: no prompt, an unknown token id, output together with an embedding, or an id that is in use.
+            InvalidRequest: no prompt, an unknown token id, output together with an embedding, a grammar that cannot be
+                used, or an id that is in use.
             ReplicaFailed: the engine is broken.
         """
         request_id = request.request_id
@@ -141,6 +143,11 @@ class Engine:
     def refuse(self, request_id: str, message: str, code: ErrorCode) -> None:
         """Say with the next events that a request was not taken: for callers that cannot catch what ``add`` raises."""
         self._emit(request_id, Usage(0, 0, 0), _Made(), "error", error=message, code=code)
+
+    @property
+    def grammars(self) -> Grammars:
+        """Compiled for this model; any thread may ask."""
+        return self._runner.sampler.grammars
 
     def has_work(self) -> bool:
         """Is there anything to compute, or an output not yet given out?"""
@@ -220,6 +227,14 @@ class Engine:
             raise PromptTooLong(request.num_input, request.sampling.max_tokens, self.limits.max_model_len)
         if not 0 <= min(request.prompt_token_ids) <= max(request.prompt_token_ids) < self.limits.vocab_size:
             raise InvalidRequest(f"token ids must lie in [0, {self.limits.vocab_size})", param="prompt")
+        p = request.sampling
+        named = [
+            *(p.allowed_token_ids or ()),
+            *(token for token, _ in p.logit_bias),
+            *(t for w in p.bad_words for t in w),
+        ]
+        if named and not 0 <= min(named) <= max(named) < self.limits.vocab_size:
+            raise InvalidRequest(f"token ids must lie in [0, {self.limits.vocab_size})", param="logit_bias")
 
     def _reservation(self, request: GenerateRequest) -> int:
         """Tokens the cluster reserved for this request when it granted it."""
@@ -230,7 +245,7 @@ class Engine:
 
     def _commit(self, plan: StepPlan, result: StepResult) -> None:
         """Book a step that was run. A request that it failed on is charged for its part of it: it was computed."""
-        sampled = {request_id: row for request_id, row in result.rows.items() if row is not None}
+        sampled = {request_id: row for request_id, row in result.rows.items() if row is not None and not row.error}
         tokens = {request_id: s.token_id for request_id, s in sampled.items()}
         for request_id, row in sampled.items():
             if row.prompt is not None:
@@ -250,6 +265,9 @@ class Engine:
             except Exception as error:
                 logger.exception("making the text of request %s failed", request_id)
                 self._fail(request_id, f"the output could not be decoded: {error}", "model_error")
+        for request_id, row in result.rows.items():
+            if row is not None and row.error:
+                self._fail(request_id, row.error, "invalid_request")
         for chunk in plan:
             if chunk.request_id in result.failed:
                 self._fail_computed(chunk, result.failed[chunk.request_id])
@@ -293,11 +311,11 @@ class Engine:
         stop_reason: str | int | None = None
         if new.token_id in request.sampling.stop_token_ids:
             reason, stop_reason = "stop", new.token_id
-        elif new.token_id in self._eos and not request.sampling.ignore_eos:
+        elif new.token_id in self._eos and (new.ends or not request.sampling.ignore_eos):
             reason = "stop"
         else:
             made.text, stop_reason = live.text.push(new.token_id)
-            if stop_reason is not None:
+            if stop_reason is not None or new.ends:
                 reason = "stop"
             elif sequence.num_tokens >= self._batcher.max_tokens(request):
                 reason = "length"
@@ -416,7 +434,7 @@ def build_engine(
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     loaded = load_model(model, config)
-    return make_engine(
+    engine = make_engine(
         loaded,
         config,
         reserve_output_tokens=reserve_output_tokens,
@@ -425,6 +443,8 @@ def build_engine(
         account=account,
         clock=clock,
     )
+    engine.grammars.warm()
+    return engine
 
 
 def make_engine(
@@ -488,7 +508,8 @@ def make_runner(loaded: LoadedModel, config: EngineConfig) -> tuple[Runner, KVBl
         raise ConfigError(f"no memory for a KV cache of {kv.capacity_tokens} tokens ({size:.1f} GB)") from error
     attach(loaded.model, Attachment(cache))
     runner_class = shards.ShardedRunner if shards.is_lead() else Runner
-    runner = runner_class(loaded.model, cache, block_size, loaded.device, Sampler(), spare_block=num_blocks)
+    sampler = Sampler(Grammars(loaded.tokenizer, loaded.eos_token_ids, loaded.vocab_size), loaded.eos_token_ids)
+    runner = runner_class(loaded.model, cache, block_size, loaded.device, sampler, spare_block=num_blocks)
     return runner, kv, min(max_model_len, kv.capacity_tokens)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from fairserve.clock import Clock, SystemClock
 from fairserve.engine.engine import Engine
 from fairserve.engine.events import StepEvents
-from fairserve.engine.request import ErrorCode, GenerateRequest
+from fairserve.engine.request import ErrorCode, GenerateRequest, Grammar
 from fairserve.errors import FairServeError, ReplicaDied, RequestError
 
 logger = logging.getLogger(__name__)
@@ -54,6 +54,14 @@ class EngineLoop:
 
     def start(self) -> None:
         self._thread.start()
+
+    def prepare(self, grammar: Grammar) -> None:
+        """Compile a grammar here and now, so that the engine thread need not.
+
+        Raises:
+            InvalidRequest: it cannot be used.
+        """
+        self._engine.grammars.prepare(grammar)
 
     def submit(self, request: GenerateRequest) -> None:
         """Add a request. One that the engine refuses comes out as an output with finish_reason 'error'."""

@@ -14,6 +14,17 @@ ErrorCode = Literal["replica_failed", "model_error", "invalid_request"]
 """Whose fault an error is: the replica's (another may do better), the model's on this very request, or the caller's."""
 Pooling = Literal["mean", "last"]
 """How the hidden states of a prompt become one: their mean, or that of its last token."""
+GrammarKind = Literal["json_schema", "json_object", "regex", "choice", "lark"]
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What the whole output must be. ``text`` by kind: a JSON Schema; "" (any JSON object); a regular expression that
+    matches all of it (Rust's syntax: no look-around, no references); a JSON list of strings; a grammar in llguidance's
+    dialect of Lark, whose rule ``start`` is the output. See :mod:`fairserve.engine.grammar`."""
+
+    kind: GrammarKind
+    text: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +36,11 @@ class SamplingParams:
     presence and frequency penalties count output tokens only. ``logprobs`` is the number of alternatives per
     output token (0: only the chosen token's), None for none; ``prompt_logprobs`` the same for every token of the prompt
     but its first. With ``max_tokens`` 0 a request ends when its prompt is computed.
+
+    ``grammar``: only tokens with which the output can still become whole are drawn, and it ends where it is; with
+    ``ignore_eos`` not before nothing else is left. ``logit_bias``: (token id, what is added to its logit).
+    ``allowed_token_ids``: no others are drawn, EOS included. ``bad_words``: none of these token sequences is completed.
+    ``min_tokens``: EOS, ``stop_token_ids`` and ``stop`` end nothing before so many output tokens.
     """
 
     max_tokens: int = 16
@@ -42,6 +58,11 @@ class SamplingParams:
     logprobs: int | None = None
     include_stop_str_in_output: bool = False
     prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    min_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

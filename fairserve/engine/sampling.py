@@ -1,8 +1,9 @@
 """From logits to tokens, for all rows of a step at once.
 
-Order of the changes to a row (transformers' generation): penalties, temperature, top_k, top_p, min_p. A token is drawn
-by inverse transform with one uniform number per output token from the request's own ``random.Random``: which token
-comes out depends on the row's logits, its parameters and its seed, never on the other rows or on the device.
+Order of the changes to a row (transformers' generation): biases, penalties, what may not come next (``rules.py``),
+temperature, top_k, top_p, min_p. A token is drawn by inverse transform with one uniform number per output token from
+the request's own ``random.Random``: which token comes out depends on the row's logits, its parameters and its seed,
+never on the other rows or on the device.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from fairserve.engine.grammar import Grammars
 from fairserve.engine.prompt_rows import PromptRows
 from fairserve.engine.request import GenerateRequest, SamplingParams, TokenLogprob
+from fairserve.engine.rules import Rules, allowed_of, needs_rules
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy, as in vLLM: dividing by them gains nothing but overflow."""
@@ -30,12 +33,16 @@ class Sampled:
     """-1 where the chunk does not sample, and only its ``prompt`` was read."""
     logprob: TokenLogprob | None = None
     prompt: PromptRows | None = None
+    ends: bool = False
+    """The output is whole with this token: its grammar allows no more."""
+    error: str | None = None
+    """Why this request gets no token, now or later: its own rules leave none."""
 
 
 class _Row:
     """What the sampler keeps for one request between steps."""
 
-    def __init__(self, request: GenerateRequest, seed: int) -> None:
+    def __init__(self, request: GenerateRequest, seed: int, rules: Rules | None) -> None:
         p = request.sampling
         self.params: SamplingParams = p
         self.random = random.Random(seed)
@@ -43,7 +50,9 @@ class _Row:
         self.repeats = p.repetition_penalty != 1.0
         self.counts_output = p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
         self.sorts = p.top_k > 0 or p.top_p < 1.0
-        self.plain = self.greedy and not self.repeats and not self.counts_output and p.logprobs is None
+        self.rules = rules
+        changes = self.repeats or self.counts_output or p.logit_bias or rules is not None
+        self.plain = self.greedy and not changes and p.logprobs is None
         self.prompt = tuple(set(request.prompt_token_ids)) if self.repeats else ()
         before = request.prompt_token_ids[request.num_prompt :]
         self.output: Counter[int] = Counter(before)
@@ -57,20 +66,29 @@ class _Row:
             self._chance = self.random.random()
         return self._chance
 
-    def take(self, token: int) -> None:
+    def take(self, token: int) -> bool:
+        """Whether the output is whole with it."""
         self._chance = None
         if self.repeats or self.counts_output:
             self.output[token] += 1
+        return self.rules is not None and self.rules.take(token)
 
 
 class Sampler:
-    """Per-request state (seeded chance, counted output) and the vectorised choice."""
+    """Per-request state (seeded chance, counted output, place in a grammar) and the vectorised choice."""
 
-    def __init__(self) -> None:
+    def __init__(self, grammars: Grammars | None = None, eos: frozenset[int] = frozenset()) -> None:
+        self.grammars = grammars or Grammars()
+        self._eos = eos
         self._rows: dict[str, _Row] = {}
 
     def add(self, request: GenerateRequest, seed: int) -> None:
-        self._rows[request.request_id] = _Row(request, seed)
+        """
+        Raises:
+            InvalidRequest: its grammar cannot be used.
+        """
+        rules = Rules(request, self.grammars, self._eos) if needs_rules(request) else None
+        self._rows[request.request_id] = _Row(request, seed, rules)
 
     def drop(self, request_id: str) -> None:
         self._rows.pop(request_id, None)
@@ -92,19 +110,28 @@ class Sampler:
         if all(row.plain for row in rows):
             sampled.update((request_ids[i], Sampled(tokens[i])) for i in drawn)
             return sampled
+        sampled.update((request_ids[i], Sampled(tokens[i])) for i, row in zip(drawn, rows, strict=True) if row.plain)
+        drawn, rows = [i for i, row in zip(drawn, rows, strict=True) if not row.plain], [r for r in rows if not r.plain]
         if len(drawn) < len(tokens):
             logits = logits[drawn]
         chosen = _choose(logits.float(), rows)
         for i, row, one in zip(drawn, rows, chosen, strict=True):
-            row.take(one.token_id)
+            if one.error is None and row.take(one.token_id):
+                one = replace(one, ends=True)
             sampled[request_ids[i]] = one
         return sampled
+
+
+def _argmax(scores: Tensor) -> Tensor:
+    if scores.device.type == "cpu":
+        return torch.from_numpy(scores.numpy().argmax(axis=-1))  # torch's own takes 4 to 20 times as long on a CPU
+    return scores.argmax(dim=-1)
 
 
 def _best(logits: Tensor) -> list[int]:
     """The token of the highest logit in each row, -1 where it is not finite: NaN and inf both show in the maximum."""
     if logits.device.type == "cpu" and logits.dtype == torch.float32:
-        best = torch.from_numpy(logits.numpy().argmax(axis=-1))  # torch's own takes 4 to 20 times as long on a CPU
+        best = _argmax(logits)
         highest = logits.gather(1, best.unsqueeze(1)).squeeze(1)
     else:
         highest, best = logits.max(dim=-1)
@@ -114,8 +141,8 @@ def _best(logits: Tensor) -> list[int]:
 
 def _choose(raw: Tensor, rows: list[_Row]) -> list[Sampled]:
     """``raw``: float32 [R, vocabulary], finite maxima."""
-    scores = _penalised(raw, rows)
-    tokens = scores.argmax(dim=-1).tolist()
+    scores, failed = _ruled(_penalised(_biased(raw, rows), rows), rows)
+    tokens = _argmax(scores).tolist()
     for sorts, draw in ((False, _draw), (True, _draw_sorted)):
         index = [i for i, row in enumerate(rows) if not row.greedy and row.sorts == sorts]
         if index:
@@ -123,7 +150,36 @@ def _choose(raw: Tensor, rows: list[_Row]) -> list[Sampled]:
             for i, token in zip(index, drawn.tolist(), strict=True):
                 tokens[i] = token
     logprobs = _logprobs(raw, rows, tokens)
-    return [Sampled(token, next(logprobs)) for token in tokens]
+    return [Sampled(token, next(logprobs), error=failed.get(i)) for i, token in enumerate(tokens)]
+
+
+def _biased(raw: Tensor, rows: list[_Row]) -> Tensor:
+    biases = [(i, token, bias) for i, row in enumerate(rows) for token, bias in row.params.logit_bias]
+    if not biases:
+        return raw
+    where, token_ids, bias = zip(*biases, strict=True)
+    at = (torch.tensor(where, device=raw.device), torch.tensor(token_ids, device=raw.device))
+    return raw.index_put(at, torch.tensor(bias, dtype=raw.dtype, device=raw.device), accumulate=True)
+
+
+def _ruled(scores: Tensor, rows: list[_Row]) -> tuple[Tensor, dict[int, str]]:
+    """Minus infinity where a row's rules forbid a token, in a copy; and by row why they leave none."""
+    ruled = [i for i, row in enumerate(rows) if row.rules is not None]
+    if not ruled:
+        return scores, {}
+    allowed, why = allowed_of([row.rules for row in rows if row.rules is not None], scores.shape[-1])
+    may = torch.from_numpy(allowed).to(scores.device)
+    part = scores if len(ruled) == len(rows) else scores[ruled]
+    part = part.masked_fill(~may, float("-inf"))
+    dead = part.amax(dim=-1, keepdim=True) == float("-inf")
+    if dead.any():  # the model gives no chance to any that is left: all have the same; a row without any is told apart
+        part = torch.where(dead & (may | ~may.any(dim=-1, keepdim=True)), 0.0, part)
+    failed = {ruled[k]: error for k, error in why.items()}
+    return (part if len(ruled) == len(rows) else scores.index_copy(0, _index(ruled, scores), part)), failed
+
+
+def _index(values: Sequence[int], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=like.device)
 
 
 def _penalised(raw: Tensor, rows: list[_Row]) -> Tensor:

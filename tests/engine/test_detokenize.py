@@ -129,3 +129,10 @@ def test_without_a_tokenizer_there_is_no_text():
     output = TextOutput(None, (1,), SamplingParams(stop=("a",)))
     assert output.push(3) == ("", None)
     assert output.flush() == ""
+
+
+def test_before_min_tokens_no_stop_string_is_looked_for():
+    ids = TOKENIZER.encode("abab")
+    text = TextOutput(TOKENIZER, (), SamplingParams(stop=("ab",), min_tokens=2))
+    said = [text.push(token_id) for token_id in ids]
+    assert said == [("a", None), ("b", None), ("", None), ("", "ab")]

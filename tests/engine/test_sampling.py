@@ -263,3 +263,44 @@ def test_logprobs_of_the_engine_equal_a_reference_over_the_whole_text(llama):
         values, ids = reference[position].topk(4)
         assert [token for token, _ in lp.top] == ids.tolist()
         assert [value for _, value in lp.top] == pytest.approx(values.tolist(), abs=1e-4)
+
+
+# -- what may come next ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_bias_is_added_before_everything_else(temperature):
+    assert set(tokens(LOGITS, 30, temperature=temperature, logit_bias=((5, 100.0), (0, -100.0)))) == {5}
+    expected = (LOGITS + torch.tensor([0.0, 0, 0, 0, 2.0, 0])).softmax(-1)
+    assert torch.allclose(shares(logit_bias=((4, 2.0),)), expected, atol=0.03)
+
+
+def test_only_allowed_tokens_are_drawn_in_their_proportions():
+    got = shares(allowed_token_ids=(1, 4))
+    expected = torch.tensor([0, math.e, 0, 0, 1 / math.e, 0])
+    assert torch.allclose(got, expected / expected.sum(), atol=0.03)
+    assert tokens(LOGITS, 3, temperature=0.0, allowed_token_ids=(1, 4)) == [1, 1, 1]
+
+
+def test_a_bad_word_is_not_completed_and_its_beginning_may_be_drawn():
+    assert tokens(LOGITS, 3, temperature=0.0, bad_words=((0,),)) == [1, 1, 1]
+    assert tokens(LOGITS, 5, temperature=0.0, bad_words=((0, 0, 0),)) == [0, 0, 1, 0, 0]
+
+
+def test_before_min_tokens_neither_eos_nor_a_stop_token_is_drawn():
+    sampler = Sampler(eos=frozenset({0}))
+    sampler.add(request("r", (3,), temperature=0.0, min_tokens=3, stop_token_ids=(1,)), 0)
+    drawn = [sampler.sample(LOGITS.view(1, -1), ["r"], [True])["r"].token_id for _ in range(5)]
+    assert drawn == [2, 2, 2, 0, 0]
+
+
+def test_rules_of_one_row_leave_the_others_and_the_logits_as_they_are():
+    sampler = Sampler(eos=frozenset({0}))
+    sampler.add(request("greedy", (3,), temperature=0.0), 0)
+    sampler.add(request("ruled", (3,), temperature=0.0, allowed_token_ids=(5,), logit_bias=((0, 50.0),)), 0)
+    sampler.add(request("seeded", (3,), temperature=1.0), 7)
+    logits = LOGITS.repeat(3, 1)
+    sampled = sampler.sample(logits, ["greedy", "ruled", "seeded"], [True] * 3)
+    assert torch.equal(logits, LOGITS.repeat(3, 1))
+    assert (sampled["greedy"].token_id, sampled["ruled"].token_id) == (0, 5)
+    assert sampled["seeded"].token_id == draw(LOGITS, seed=7)[0].token_id
