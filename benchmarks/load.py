@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 
 from benchmarks.workload import Planned
-from fairserve.api.streaming import QUEUE_HEADER
+from fairserve.api.answer_headers import QUEUE_HEADER
 
 Status = Callable[[], Awaitable[dict[str, Any] | None]]
 """Asks the counter actor; None when it does not answer."""

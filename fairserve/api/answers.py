@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from fairserve.api.answer_headers import charged_tokens
 from fairserve.engine.request import GenerateRequest, RequestOutput, TokenLogprob
 
 MIN_LOGPROB = -9999.0
@@ -63,7 +64,8 @@ class Answer(ABC):
 
     def usage_chunk(self, last: Mapping[int, RequestOutput]) -> Json:
         """The event after the last, for ``stream_options.include_usage``; ``last`` holds each choice's last output."""
-        return self._envelope(self.chunk_object, []) | {"usage": self.usage(last)}
+        usage = self.usage(last) | {"charged_tokens": charged_tokens(last)}  # too late for a header
+        return self._envelope(self.chunk_object, []) | {"usage": usage}
 
     def usage(self, outputs: Mapping[int, RequestOutput]) -> Json:
         """OpenAI's usage: a prompt counts once however many choices it has.

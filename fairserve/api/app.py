@@ -11,6 +11,7 @@ from starlette.types import Receive, Scope, Send
 from fairserve.api import openapi, streaming
 from fairserve.api.admin import PREFIX, create_admin
 from fairserve.api.admin_service import AdminService
+from fairserve.api.answer_headers import AnswerHeaders
 from fairserve.api.bodies import read_json
 from fairserve.api.embeddings import EmbeddingRequest
 from fairserve.api.http_errors import install, request_id_of
@@ -104,18 +105,20 @@ async def _generate(service: OpenAIService, request: Request, kind: type[Generat
     labels = labels_of(request.headers, body.metadata or {}, client)
 
     async def respond(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = AnswerHeaders(service.clock)
         meter = service.meter(client, request.headers.get("traceparent", ""))
         job = await service.job(body, client, labels, meter.span.traceparent)
         answer, batches = await service.answer(body, job), meter.outputs(service.generate(job))
         deadline = meter.watching(service.deadline())
         if not body.stream:
-            response = await streaming.whole(answer, batches, deadline)
+            response = await streaming.whole(answer, batches, deadline, headers)
             await response(scope, receive, send)
             return
         await streaming.stream(
             answer,
             batches,
             deadline,
+            headers,
             include_usage=body.include_usage,
             request_id=request_id_of(request),
             send=send,

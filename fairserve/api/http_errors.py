@@ -27,6 +27,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fairserve.api.answer_headers import of_refusal
 from fairserve.errors import (
     AdminKeyRequired,
     BodyTooLarge,
@@ -106,7 +107,7 @@ def describe(error: Exception, request_id: str) -> Problem:
         case Refused():
             wait_s = _whole_seconds(error.retry_after_s)
             details = error.fields | {"retry_after_s": wait_s}
-            wait = {"retry-after": str(wait_s)}
+            wait = {"retry-after": str(wait_s)} | of_refusal(error)
             return Problem(429, str(error), "rate_limit_error", None, error.reason, wait, details)
         case RequestTimeout():
             return Problem(504, str(error), "timeout_error", None, "request_timeout")

@@ -21,7 +21,7 @@ from fairserve.api.openai_schema import ChatRequest, CompletionRequest
 from fairserve.api.prompts import Prompts, TextTokenizer
 from fairserve.api.request_metrics import RequestMeter, RequestMetrics
 from fairserve.api.tokenizing import DetokenizeRequest, TokenizeRequest, detokenized, tokenized
-from fairserve.clock import SystemClock
+from fairserve.clock import Clock, SystemClock
 from fairserve.cluster.metrics_sink import NO_METRICS, MetricsSink
 from fairserve.cluster.tracing import NO_TRACING, REQUEST, Tracer
 from fairserve.config import FairServeArgs
@@ -72,6 +72,7 @@ class OpenAIService:
         timeout: makes the context manager that ends a request after so many seconds.
         metrics: where what callers get is counted.
         tracer: what records a span of each request.
+        clock: for how long requests take.
 
     Raises:
         ConfigError: the API keys are wrong.
@@ -89,6 +90,7 @@ class OpenAIService:
         timeout: Callable[[float], asyncio.Timeout] = asyncio.timeout,
         metrics: MetricsSink = NO_METRICS,
         tracer: Tracer = NO_TRACING,
+        clock: Clock | None = None,
     ) -> None:
         self.model_name = args.model_name
         self.max_body_bytes = args.api.max_body_bytes
@@ -103,7 +105,8 @@ class OpenAIService:
         self._unix_time_s = unix_time_s
         self._timeout = timeout
         self._tracer = tracer
-        self._metrics = RequestMetrics(metrics, args.metrics.top_clients, SystemClock())
+        self.clock = clock or SystemClock()
+        self._metrics = RequestMetrics(metrics, args.metrics.top_clients, self.clock)
         self._started_s = int(unix_time_s())
 
     @property

@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
+from fairserve.api.answer_headers import AnswerHeaders
 from fairserve.api.answers import Answer
 from fairserve.api.http_errors import describe
 from fairserve.api.merging import Batch
@@ -25,18 +26,11 @@ from fairserve.engine.request import RequestOutput, joined
 DONE = b"data: [DONE]\n\n"
 MARK = "\0text\0"
 """Stands for a token's text. Nothing else in an event can hold it: NUL is in no name."""
-QUEUE_HEADER = "x-fairserve-queue-ms"
 STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 Batches = AsyncGenerator[Batch, None]
 Deadline = AbstractAsyncContextManager[Any]
 """Raises RequestTimeout inside its block when the time is over."""
-
-
-def queue_header(batch: Batch) -> dict[str, str]:
-    """How long the request waited for its grant, in ms, as far as it is known: the longest of its sequences."""
-    waits = [output.waited_s for output in batch.values() if output.waited_s is not None]
-    return {QUEUE_HEADER: f"{max(waits) * 1000:.1f}"} if waits else {}
 
 
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
@@ -76,7 +70,7 @@ class Events:
         return b"" if chunk is None else event(chunk)
 
 
-async def whole(answer: Answer, batches: Batches, deadline: Deadline) -> JSONResponse:
+async def whole(answer: Answer, batches: Batches, deadline: Deadline, headers: AnswerHeaders) -> JSONResponse:
     """Everything in one JSON body.
 
     Raises:
@@ -85,14 +79,22 @@ async def whole(answer: Answer, batches: Batches, deadline: Deadline) -> JSONRes
     parts: dict[int, list[RequestOutput]] = {}
     async with deadline, aclosing(batches):
         async for batch in batches:
+            headers.saw(batch)
             for index, output in batch.items():
                 parts.setdefault(index, []).append(output)
     outputs = {index: joined(some) for index, some in parts.items()}
-    return JSONResponse(answer.whole(outputs), headers=queue_header(outputs))
+    return JSONResponse(answer.whole(outputs), headers=headers.whole(outputs))
 
 
 async def stream(
-    answer: Answer, batches: Batches, deadline: Deadline, *, include_usage: bool, request_id: str, send: Send
+    answer: Answer,
+    batches: Batches,
+    deadline: Deadline,
+    headers: AnswerHeaders,
+    *,
+    include_usage: bool,
+    request_id: str,
+    send: Send,
 ) -> None:
     """Send events as outputs come; everything that is ready at the same time goes out in one write.
 
@@ -107,7 +109,8 @@ async def stream(
             async for batch in batches:
                 if not is_started:
                     is_started = True
-                    await send(_start(queue_header(batch)))
+                    headers.saw(batch)
+                    await send(_start(headers.first(batch)))
                 last |= batch
                 if data := b"".join([events.of(index, output) for index, output in batch.items()]):
                     await send(_body(data))

@@ -8,6 +8,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import Any
 
 from fairserve.cluster.arrivals import Arrivals, Inbox
@@ -15,6 +16,7 @@ from fairserve.cluster.continuing import Continuation
 from fairserve.cluster.metrics_sink import NO_METRICS, MetricsSink
 from fairserve.cluster.multiplex import Message, Own
 from fairserve.config import ApiConfig
+from fairserve.dispatch.messages import Grant, Standing
 from fairserve.engine.events import Limits
 from fairserve.engine.request import GenerateRequest, RequestOutput
 from fairserve.errors import FairServeError, ReplicaDied, ReplicaFailed, unwrapped
@@ -43,11 +45,13 @@ class HandleBackend:
         old place, as far as :class:`Continuation` lets it."""
         first_sent_s = time.time()
         tries = Continuation(request, self._continues, self._max_deaths)
-        goes_on = True
+        goes_on = is_first = True
         while goes_on:
             goes_on = False
+            told: list[Grant] = []
             response = self._stream.remote(
                 tries.request,
+                told=told,
                 num_returns=tries.num_returns,
                 first_sent_s=first_sent_s,
                 replaces=tries.replaces,
@@ -61,6 +65,9 @@ class HandleBackend:
                             self._metrics.add(RESENT_REQUESTS, reason="returned")
                             goes_on = True
                         elif (seen := tries.took(output)) is not None:
+                            if is_first and told and told[-1].standing is not None:
+                                seen = replace(seen, standing=Standing(*told[-1].standing))
+                            is_first = False
                             yield seen
             except ReplicaDied as error:
                 if not tries.died():

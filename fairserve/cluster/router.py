@@ -99,6 +99,8 @@ class FairRouter(RequestRouter):
         if is_retry or replaces:  # its place is kept
             was_accepted = self._client.was_accepted(replaces or request.request_id)
             submit = replace(submit, is_retry=was_accepted, waited_s=time.time() - arrived_s)
+        # For the backend, which is in this process, and not for the replica.
+        told = vars(pending_request).setdefault("fairserve_told", pending_request.kwargs.pop("told", None))
         void = vars(pending_request).pop("fairserve_grant", None)
         if void is not None:  # Serve could not hand it to that replica
             self._client.decline(void)
@@ -117,6 +119,8 @@ class FairRouter(RequestRouter):
                 pending_request.fairserve_grant = grant
                 self._give_back_if_cancelled(grant)
                 pending_request.kwargs["waited_s"] = grant.waited_s
+                if told is not None:
+                    told.append(grant)
                 return replica
             self._client.decline(grant)
             submit = replace(submit, is_retry=True, waited_s=time.time() - arrived_s)

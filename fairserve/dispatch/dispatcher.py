@@ -26,11 +26,12 @@ from fairserve.dispatch.intake import Intake
 from fairserve.dispatch.limits import DispatchLimits
 from fairserve.dispatch.losses import Losses
 from fairserve.dispatch.merging import Merging
-from fairserve.dispatch.messages import Refusal, ReportReply, RouterCall, RouterReply, StepReport, Totals
+from fairserve.dispatch.messages import Grant, Refusal, ReportReply, RouterCall, RouterReply, StepReport, Totals
 from fairserve.dispatch.notes import Notes
 from fairserve.dispatch.recent import Recent
 from fairserve.dispatch.sessions import RouterSession
 from fairserve.dispatch.stages import Stages
+from fairserve.dispatch.standing import standing_of
 from fairserve.dispatch.state import State
 from fairserve.fairness.accounts import client_of
 from fairserve.fairness.bounds import BoundTracker, GapMonitor
@@ -164,16 +165,23 @@ class Dispatcher:
             self._intake.take(call, session, now_s)
             self.dispatch(now_s)
             self.state.forget_idle()
-        return self._reply(session, session.last_refusals)
+        return self._reply(session, session.last_refusals, now_s)
 
     def poll(self, call: RouterCall, now_s: float) -> RouterReply:
         """Grants that wait for this router; ``call`` carries no events, and its ``seq`` is not looked at."""
         session = self._intake.session(call, self.epoch, now_s)
-        return RouterReply(self.epoch) if session is None else self._reply(session, ())
+        return RouterReply(self.epoch) if session is None else self._reply(session, (), now_s)
 
-    def _reply(self, session: RouterSession, refusals: tuple[Refusal, ...]) -> RouterReply:
+    def _reply(self, session: RouterSession, refusals: tuple[Refusal, ...], now_s: float) -> RouterReply:
         refusals = (*refusals, *session.late_refusals)
-        return RouterReply(self.epoch, session.grants, refusals, resubmit=not session.is_complete)
+        grants = tuple([self._with_standing(grant, now_s) for grant in session.grants])
+        return RouterReply(self.epoch, grants, refusals, resubmit=not session.is_complete)
+
+    def _with_standing(self, grant: Grant, now_s: float) -> Grant:
+        lease = self.leases.get(grant.request_id)
+        if lease is None:
+            return grant
+        return grant._replace(standing=tuple(standing_of(self.state, lease.waiting.submit, now_s)))
 
     def take_routers_to_wake(self) -> set[str]:
         """Routers that have something to be told since the last call: their long polls should answer now."""

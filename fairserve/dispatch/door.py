@@ -59,10 +59,28 @@ class Door:
             return None
         return ClientRateLimited(client, limit, max(1.0, self._rates.wait_s((client,), limit, now_s)))
 
+    def _max_waiting(self, submit: Submit) -> int:
+        own = self._controls.of(submit.client).max_waiting
+        limits = (own, submit.max_waiting, self._limits.max_waiting_per_client)
+        return next(one for one in limits if one is not None)
+
+    def room_of(self, submit: Submit, now_s: float) -> tuple[int, int, float]:
+        """The limit that is nearest of those on the client's requests, how many more it allows now, and the seconds
+        until all of it is free."""
+        client, limit = submit.client, self._max_waiting(submit)
+        num = self._room.num_waiting(client)
+        drain = self._client_drain.get(client)
+        reset_s = retry_after_s(num, drain.per_s(now_s) if drain else 0.0, least_s=0.0) if num else 0.0
+        rate = self._controls.of(client).requests_per_min
+        if rate is not None:
+            num_recent = self._rates.num_recent((client,), now_s)
+            if rate - num_recent < limit - num:
+                return rate, max(0, rate - num_recent), self._rates.wait_s((client,), 1, now_s)
+        return limit, max(0, limit - num), reset_s
+
     def _refuse_by_queue(self, submit: Submit, now_s: float) -> Refused | None:
         client, limits, room = submit.client, self._limits, self._room
-        limits_of_client = (self._controls.of(client).max_waiting, submit.max_waiting, limits.max_waiting_per_client)
-        limit = next(one for one in limits_of_client if one is not None)
+        limit = self._max_waiting(submit)
         num = room.num_waiting(client)
         if num >= limit:
             drain = self._client_drain.get(client)

@@ -131,6 +131,19 @@ class Submit:
 _submit_values = attrgetter(*(one.name for one in fields(Submit)))
 
 
+class Standing(NamedTuple):
+    """Where a client stands when a request of its is granted. Plain values only: it travels with every grant."""
+
+    lead: float
+    """Service / weight of the client (of its organisation, where names are paths), this request's charge included,
+    above the least served that waits; negative below it, 0 when nobody waits."""
+    max_requests: int
+    """The limit that is nearest of those on the client's requests: waiting, or accepted in any 60 s."""
+    requests_left: int
+    requests_reset_s: float
+    """Seconds until all of it is free again, if nothing more is sent."""
+
+
 class Grant(NamedTuple):
     """Actor -> router: send this request to that replica."""
 
@@ -141,6 +154,8 @@ class Grant(NamedTuple):
     seq: int
     """Rises with every grant and late refusal of an epoch; acknowledged by ``grants_ack`` of a later call, else sent
     again."""
+    standing: tuple[Any, ...] | None = None
+    """Where its client stands as the reply is made: fields of :class:`Standing`."""
 
 
 @dataclass(frozen=True, slots=True)

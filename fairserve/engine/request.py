@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from fairserve.dispatch.messages import Standing
 from fairserve.errors import FairServeError, InvalidRequest, ModelFailed, ReplicaFailed
 
 FinishReason = Literal["stop", "length", "abort", "error", "returned"]
@@ -155,6 +156,8 @@ class RequestOutput:
     """With finish_reason 'error'."""
     embedding: bytes = b""
     """With the finish reason of a request with ``pooling``: float32, little-endian, of length 1."""
+    standing: Standing | None = None
+    """Where the client stood at the grant, in the first output that the API sees; None where nobody was asked."""
 
 
 def failure(output: RequestOutput) -> FairServeError:
@@ -182,4 +185,5 @@ def joined(outputs: Sequence[RequestOutput]) -> RequestOutput:
         finish_reason=finish.finish_reason,
         stop_reason=finish.stop_reason,
         waited_s=outputs[0].waited_s,
+        standing=outputs[0].standing,
     )

@@ -93,6 +93,7 @@ class Method:
         first_sent_s: float,
         replaces: str | None,
         ingress: str | None,
+        told: list[Any],
     ) -> AsyncIterator[Any]:
         if self._handle.is_dead:
             raise died()

@@ -16,7 +16,7 @@ import pytest
 
 from fairserve.cluster.metrics_sink import RecordedMetrics
 from fairserve.cluster.tracing import NO_TRACING
-from fairserve.dispatch.messages import Grant, Submit
+from fairserve.dispatch.messages import Grant, Standing, Submit
 from fairserve.engine.request import GenerateRequest, RequestOutput, Usage
 from fairserve.errors import ClientQueueFull, FairServeError, ReplicaFailed
 
@@ -103,6 +103,15 @@ async def test_the_granted_replica_is_chosen_and_told_the_wait() -> None:
     assert chosen.replica_id.unique_id == "b"
     assert request.kwargs == {"waited_s": 0.25}
     assert client.asked[0] == Submit("r1", "ann", 3, 16)
+
+
+async def test_the_backend_is_told_of_the_grant_and_the_replica_is_not_sent_what_it_was_told() -> None:
+    request = pending()
+    told = request.kwargs["told"] = []
+    await router_of(ScriptedClient(["b", "b"]), "b")._choose_replica_for_request(request)
+    await router_of(ScriptedClient(["b"]), "b")._choose_replica_for_request(request, is_retry=True)
+    assert [grant.replica for grant in told] == ["b", "b"]
+    assert request.kwargs == {"waited_s": 0.25}
 
 
 async def test_what_a_request_says_of_itself_travels_to_the_counter_actor_and_again_with_a_retry() -> None:
@@ -354,6 +363,19 @@ async def test_what_a_replica_gives_back_is_sent_again_in_its_old_place_and_nobo
     assert [values["replaces"] for values in sent] == [None, "r1"]
     assert sent[0]["first_sent_s"] == sent[1]["first_sent_s"]
     assert metrics.counters == {("fairserve_resent_requests", "returned"): 1}
+
+
+async def test_where_the_client_stands_comes_with_the_first_output_only() -> None:
+    from fairserve.cluster.backend import HandleBackend
+
+    class Granted(Handle):
+        def remote(self, *args: Any, told: list[Grant], **_: Any) -> Response:
+            told.append(Grant("r1", "a", 0.25, 1, (2.5, 20, 17, 1.5)))
+            return self.response
+
+    handle = Granted(Response(output(), output("stop"), ending=StopAsyncIteration()))
+    stream = HandleBackend(handle).generate(GenerateRequest("r1", "ann", (1, 2, 3)))
+    assert [one.standing async for one in stream] == [Standing(2.5, 20, 17, 1.5), None]
 
 
 async def test_closing_cancels_what_runs_and_sends_nothing_that_never_ran() -> None:
