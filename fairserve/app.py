@@ -46,6 +46,7 @@ class Ingress:
 
     async def __init__(self, args_json: str, model: DeploymentHandle) -> None:  # type: ignore[misc]
         from fairserve.api.admin_service import AdminService
+        from fairserve.api.batches.service import BatchService
         from fairserve.api.live_keys import LiveKeys
         from fairserve.api.service import OpenAIService
         from fairserve.cluster.counter_query import CounterQuery
@@ -61,17 +62,24 @@ class Ingress:
         self._service = OpenAIService(
             args, backend, tokenizer, limits.max_model_len, metrics=metrics, tracer=make_tracing(args.tracing)
         )
+        self._batches = BatchService(args.batches, self._service) if args.batches.directory else None
         query = CounterQuery.over_ray(args.counter)
         self._live_keys = LiveKeys(self._service.deployed, query.key_directory, self._service.adopt)
         await self._live_keys.begin()
         self._refreshing = asyncio.create_task(self._live_keys.run())
+        self._batching = asyncio.create_task(self._batches.keeper.run()) if self._batches else None
         self._admin = AdminService.from_config(args.api, query, SystemClock(), is_open=lambda: self._service.is_open)
 
     def __serve_build_asgi_app__(self) -> Any:
         from fairserve.api.app import create_app
         from fairserve.observe import dashboard
 
-        app = create_app(lambda: self._service, admin_provider=lambda: self._admin, id_from_server=True)
+        app = create_app(
+            lambda: self._service,
+            admin_provider=lambda: self._admin,
+            batches_provider=lambda: self._batches,
+            id_from_server=True,
+        )
         dashboard.install(app)
         return app
 

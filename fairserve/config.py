@@ -310,6 +310,9 @@ def _digest_of(key: str | None, key_sha256: str | None) -> str:
 
 
 CLIENT_PATH = f"{CLIENT_SEGMENT}(/{CLIENT_SEGMENT}){{0,2}}"
+BATCH_MARK = "+batch"
+"""Behind a client's name: the client that its batches run as. No key can name one, because no segment holds a +."""
+COUNTED_PATH = f"{CLIENT_PATH}({re.escape(BATCH_MARK)})?"
 CLIENT_RULE = "up to three segments joined by /, each 1-64 of A-Z a-z 0-9 . _ : @ -"
 
 
@@ -427,6 +430,36 @@ class ApiConfig(Strict):
         return self
 
 
+class BatchesConfig(Strict):
+    """Offline jobs, /v1/files and /v1/batches: kept in a folder, run by the ingress as a client of low weight."""
+
+    directory: Annotated[str, Field(min_length=1)] | None = None
+    """Folder for uploaded files, batches and their results. With ingress replicas on several nodes it must be one that
+    all of them share, on a file system with hard links (NFS, CephFS, EFS; not a mounted object store). null: /v1/files
+    and /v1/batches answer 404."""
+    weight: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Weight of a client's batches, as a part of the client's own. They run as CLIENT+batch, beside it: what they get
+    is counted apart and leaves the client's own share alone."""
+    max_running: PositiveInt = 16
+    """Lines of one batch that wait or run at the same time."""
+    max_lines: Annotated[int, Field(gt=0, le=1_000_000)] = 50_000
+    """Lines of one batch."""
+    max_file_bytes: PositiveInt = 200_000_000
+    """Bytes of one uploaded file; more is refused with 413."""
+    max_client_bytes: PositiveInt = 2_000_000_000
+    """Bytes of all files of one client, results included; beyond, uploads are refused."""
+    max_client_files: PositiveInt = 1_000
+    """Files of one client, results included; beyond, uploads are refused."""
+    max_client_batches: PositiveInt = 100
+    """Batches of one client that are not finished."""
+    keep_s: Annotated[float, Field(ge=3600, le=366 * 86_400)] = 30 * 86_400.0
+    """Seconds until a file expires that names no earlier time, and until a finished batch is forgotten."""
+    upload_timeout_s: PositiveFloat = 600.0
+    """Seconds in which an uploaded file must come whole; then the request ends with 408."""
+    lease_s: Annotated[float, Field(ge=3, le=600)] = 15.0
+    """Seconds without a sign of life after which another ingress replica goes on with a batch."""
+
+
 class AutoscalingConfig(Strict):
     """How many model replicas there are, by the work of the whole cluster (``fairserve/dispatch/demand.py``). A
     *batchful* is what one replica can run at once: its slots or its KV cache, whichever is taken first."""
@@ -498,6 +531,7 @@ class FairServeArgs(Strict):
     dispatch: DispatchConfig = DispatchConfig()
     counter: CounterConfig = CounterConfig()
     api: ApiConfig = ApiConfig()
+    batches: BatchesConfig = BatchesConfig()
     metrics: MetricsConfig = MetricsConfig()
     tracing: TracingConfig = TracingConfig()
 

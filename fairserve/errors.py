@@ -12,6 +12,9 @@
     |   +-- UnknownModel            no such model is served here
     |   +-- UnknownClient           no client of that name is known to the counter actor
     |   +-- UnknownKey              no live API key of that id
+    |   +-- UnknownFile             the caller has no file of that id
+    |   +-- UnknownBatch            the caller has no batch of that id
+    |   +-- BatchesOff              this service keeps no files and runs no batches (HTTP 404)
     |   +-- AdminKeyRequired        /admin needs an admin key, or another one (HTTP 403)
     |   +-- BodyTooLarge            more bytes than max_body_bytes (HTTP 413)
     |   +-- BodyTooSlow             the body did not come whole within read_timeout_s (HTTP 408)
@@ -25,6 +28,7 @@
     |   +-- InteractionThrottled    overload: who sent too many requests in the last 60 s begins no new interaction
     +-- RequestTimeout              not finished within request_timeout_s (HTTP 504)
     +-- ChangeNotKept               a live change could be kept nowhere, so it was not made (HTTP 503)
+    +-- StorageFailed               the folder of files and batches cannot be read or written (HTTP 503)
     +-- CounterUnreachable          the counter actor is not there, or did not answer in time (HTTP 503)
     +-- GrafanaFailed               Grafana refused, is not there, or does not hold the newest dashboards
     +-- ReplicaFailed               the replica's engine failed (HTTP 503)
@@ -141,6 +145,27 @@ class UnknownKey(RequestError):
         super().__init__(id=id, param="id", code="key_not_found")
 
 
+class UnknownFile(RequestError):
+    message = "you have no file {id!r}: it was deleted, has expired, or never was"
+
+    def __init__(self, id: str, param: str = "file_id") -> None:  # noqa: A002 (OpenAI's word)
+        super().__init__(id=id, param=param, code="file_not_found")
+
+
+class UnknownBatch(RequestError):
+    message = "you have no batch {id!r}: it has been forgotten after its time, or never was"
+
+    def __init__(self, id: str) -> None:  # noqa: A002 (OpenAI's word)
+        super().__init__(id=id, param="batch_id", code="batch_not_found")
+
+
+class BatchesOff(RequestError):
+    message = "this service keeps no files and runs no batches: its operator has set no batches.directory"
+
+    def __init__(self) -> None:
+        super().__init__(param=None, code="batches_off")
+
+
 class AdminKeyRequired(RequestError):
     message = "{detail}"
 
@@ -192,6 +217,13 @@ class RequestTimeout(FairServeError):
 
 class ChangeNotKept(FairServeError):
     message = "the change could not be kept and was not made: {detail}"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail=detail)
+
+
+class StorageFailed(FairServeError):
+    message = "files and batches cannot be reached now: {detail}"
 
     def __init__(self, detail: str) -> None:
         super().__init__(detail=detail)

@@ -19,7 +19,7 @@ from fairserve.api.admin_auth import AdminDoor, who_of
 from fairserve.api.admin_service import PAGE, AdminService
 from fairserve.api.http_errors import Problem, describe, request_id_of
 from fairserve.cluster.changes import KeyWanted, wrong
-from fairserve.config import CLIENT_PATH
+from fairserve.config import COUNTED_PATH
 from fairserve.errors import FairServeError, InvalidRequest
 from fairserve.views import (
     AuditView,
@@ -78,7 +78,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {"model": ErrorBody, "description": "There is none"}}
 Search = Annotated[str | None, Query(max_length=200, description="Part of the clients' names")]
 Limit = Annotated[int, Query(ge=1, le=PAGE)]
-ClientName = Annotated[str, Path(pattern=f"^{CLIENT_PATH}$", description="Flat or a path: acme/research/ann")]
+ClientName = Annotated[str, Path(pattern=f"^{COUNTED_PATH}$", description="Flat or a path: acme/research/ann")]
 Who = Annotated[str, Depends(who_of)]
 
 

@@ -12,6 +12,8 @@ from fairserve.api import openapi, streaming
 from fairserve.api.admin import PREFIX, create_admin
 from fairserve.api.admin_service import AdminService
 from fairserve.api.answer_headers import AnswerHeaders
+from fairserve.api.batches import routes as batch_routes
+from fairserve.api.batches.service import BatchService
 from fairserve.api.bodies import read_json
 from fairserve.api.embeddings import EmbeddingRequest
 from fairserve.api.http_errors import install, request_id_of
@@ -25,12 +27,14 @@ def create_app(
     service_provider: Callable[[], OpenAIService],
     *,
     admin_provider: Callable[[], AdminService] | None = None,
+    batches_provider: Callable[[], BatchService | None] | None = None,
     id_from_server: bool = False,
 ) -> FastAPI:
     """The ASGI application; the providers are asked once per request.
 
-    ``admin_provider``: for /admin/v1; without it there is no such route. ``id_from_server``: true behind Ray Serve,
-    whose proxy makes the ``x-request-id`` of request and response itself.
+    ``admin_provider``: for /admin/v1; without it there is no such route. ``batches_provider``: the same for /v1/files
+    and /v1/batches. ``id_from_server``: true behind Ray Serve, whose proxy makes the ``x-request-id`` of request and
+    response itself.
     """
     app = FastAPI(title="fairserve", docs_url=None, redoc_url=None, redirect_slashes=False)
     install(app, id_from_server=id_from_server)
@@ -94,6 +98,8 @@ def create_app(
         body = await service_provider().health()
         return JSONResponse(body, 200 if body["ready"] else 503)
 
+    if batches_provider is not None:
+        batch_routes.install(app, service_provider, batches_provider)
     if admin_provider is not None:
         app.mount(PREFIX, create_admin(admin_provider))
     return app

@@ -5,8 +5,9 @@
     400 InvalidRequest, PromptTooLong      408 BodyTooSlow           500 ModelFailed; what is unexpected (logged)
     401 Unauthenticated                    413 BodyTooLarge          503 ReplicaFailed, CounterUnreachable,
     403 AdminKeyRequired                   415 WrongContentType          ChangeNotKept
-    404 UnknownModel, UnknownClient,       429 Refused               504 RequestTimeout
-        UnknownKey, no such route          431 HeadersTooLarge
+    404 UnknownModel, UnknownClient,       429 Refused                   StorageFailed
+        UnknownKey, UnknownFile,           431 HeadersTooLarge       504 RequestTimeout
+        UnknownBatch, BatchesOff, no such route
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from fairserve.api.answer_headers import of_refusal
 from fairserve.errors import (
     AdminKeyRequired,
+    BatchesOff,
     BodyTooLarge,
     BodyTooSlow,
     ChangeNotKept,
@@ -41,8 +43,11 @@ from fairserve.errors import (
     ReplicaFailed,
     RequestError,
     RequestTimeout,
+    StorageFailed,
     Unauthenticated,
+    UnknownBatch,
     UnknownClient,
+    UnknownFile,
     UnknownKey,
     UnknownModel,
     WrongContentType,
@@ -62,12 +67,17 @@ REPLICA_RETRY_S = 1
 MAX_RETRY_S = 3600
 COUNTER_RETRY_S = 1
 """Retry-After when the counter actor does not answer: a restart takes about a second."""
+STORAGE_RETRY_S = 10
+"""Retry-After when files cannot be read or written: a full disk or a lost share."""
 _REQUEST_ERRORS = {
     Unauthenticated: 401,
     AdminKeyRequired: 403,
     UnknownModel: 404,
     UnknownClient: 404,
     UnknownKey: 404,
+    UnknownFile: 404,
+    UnknownBatch: 404,
+    BatchesOff: 404,
     BodyTooSlow: 408,
     BodyTooLarge: 413,
     WrongContentType: 415,
@@ -126,6 +136,10 @@ def describe(error: Exception, request_id: str) -> Problem:
         case CounterUnreachable():
             wait = {"retry-after": str(COUNTER_RETRY_S)}
             return Problem(503, str(error), "server_error", None, "counter_unreachable", wait)
+        case StorageFailed():
+            logger.error("request %s: %s", request_id, error)
+            wait = {"retry-after": str(STORAGE_RETRY_S)}
+            return Problem(503, str(error), "server_error", None, "storage_failed", wait)
         case ChangeNotKept():
             wait = {"retry-after": str(COUNTER_RETRY_S)}
             return Problem(503, str(error), "server_error", None, "change_not_kept", wait)

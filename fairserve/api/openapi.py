@@ -14,6 +14,7 @@ from pydantic.json_schema import models_json_schema
 
 from fairserve import __version__
 from fairserve.api.admin import ErrorBody
+from fairserve.api.batches.bodies import BatchRequest, ExpiresAfter
 from fairserve.api.embeddings import EmbeddingRequest
 from fairserve.api.openai_schema import Body, ChatRequest, CompletionRequest, Message, StreamOptions
 from fairserve.api.tokenizing import DetokenizeRequest, TokenizeRequest
@@ -22,10 +23,12 @@ REF = "#/components/schemas/{model}"
 DESCRIPTION = """OpenAI's chat, completions and embeddings, fair among clients. Unknown fields are refused; fields of
 OpenAI's that are not supported are accepted at the values that ask for nothing."""
 BODIES: tuple[type[Body], ...] = (
+    BatchRequest,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     EmbeddingRequest,
+    ExpiresAfter,
     Message,
     StreamOptions,
     TokenizeRequest,

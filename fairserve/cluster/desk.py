@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from fairserve.cluster.live_settings import LIVE_PATHS, checked_paths, in_force, laid_over, value_at
 from fairserve.cluster.live_state import ID_DIGITS, LiveKey, State
-from fairserve.config import CLIENT_PATH, CLIENT_RULE, ApiKey, FairServeArgs
+from fairserve.config import CLIENT_RULE, COUNTED_PATH, ApiKey, FairServeArgs
 from fairserve.dispatch.controls import NO_CONTROL, Control
 from fairserve.errors import InvalidRequest, UnknownKey
 from fairserve.fairness.hierarchy import path_of
@@ -125,7 +125,7 @@ class Desk:
     ) -> Change:
         """``change``: fields of ``views.ClientChange``; None takes one back. The answer is the new :class:`Control`.
         ``is_node``: whether a client, or a group with a slash at its end, is known; a new client must fit in there."""
-        if not re.fullmatch(CLIENT_PATH, client):
+        if not re.fullmatch(COUNTED_PATH, client):
             raise InvalidRequest(f"{client[:128]!r} cannot be a client: {CLIENT_RULE}", param="client")
         if not change:
             raise InvalidRequest(f"nothing to change: name at least one of {', '.join(ClientChange.model_fields)}")

@@ -265,9 +265,9 @@ class Engine:
             except Exception as error:
                 logger.exception("making the text of request %s failed", request_id)
                 self._fail(request_id, f"the output could not be decoded: {error}", "model_error")
-        for request_id, row in result.rows.items():
-            if row is not None and row.error:
-                self._fail(request_id, row.error, "invalid_request")
+        for request_id, ruled_out in result.rows.items():
+            if ruled_out is not None and ruled_out.error:
+                self._fail(request_id, ruled_out.error, "invalid_request")
         for chunk in plan:
             if chunk.request_id in result.failed:
                 self._fail_computed(chunk, result.failed[chunk.request_id])
