@@ -13,7 +13,7 @@ Json = dict[str, Any]
 
 
 class Disk:
-    """Every change goes through the five steps at the end, which a test can make fail one by one.
+    """Every change goes through the steps at the end, which a test can make fail one by one.
 
     Raises (every method):
         OSError: the file system's.
@@ -52,6 +52,10 @@ class Disk:
         if is_new:
             self._sync_folder(path.parent)
 
+    def remove(self, path: Path) -> None:
+        """Take it away, if it is there."""
+        self._remove(path)
+
     def settle(self, path: Path) -> None:
         """A finished file that was written without us is on disk when this returns."""
         with path.open("rb") as file:
@@ -84,6 +88,9 @@ class Disk:
 
     def _link(self, source: Path, target: Path) -> None:
         target.hardlink_to(source)
+
+    def _remove(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
 
     def _sync_folder(self, folder: Path) -> None:
         descriptor = os.open(folder, os.O_RDONLY)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 import secrets
 import time
@@ -138,6 +139,7 @@ class FileFolder:
         target = self._content(record.owner, record.id)
         target.parent.mkdir(parents=True, exist_ok=True)
         self._disk.link(content, target)
+        os.utime(target)  # it may have waited long for somebody to go on here, and no sweep may come in between
         self._disk.write(self._record(record.owner, record.id), asdict(record))
 
     def of(self, owner: str) -> list[FileRecord]:
@@ -165,10 +167,12 @@ class FileFolder:
     def sweep(self) -> None:
         now_s = self._unix_time_s()
         for folder in self._root.glob("clients/*/files"):
-            for path in folder.iterdir():
+            for path in list(folder.iterdir()):
                 if path.suffix == ".json" and not path.name.startswith("."):
                     record = read_json(path)
                     is_over = record is not None and record["expires_s"] <= now_s
+                    if is_over:
+                        path.with_suffix("").unlink(missing_ok=True)
                 else:  # content without a record, a draft, an upload that broke off
                     has_record = path.with_name(f"{path.name}.json").exists()
                     is_over = not has_record and _age_s(path, now_s) > STALE_S

@@ -111,11 +111,14 @@ class Hold:
     def finish(
         self, end: End, now_s: int, progress: Json, *, max_body_bytes: int, problems: list[Json] | None = None
     ) -> bool:
-        """Make the files and decide how the batch ended. False: it has ended already."""
+        """Make the files and decide how the batch ended. False: it has ended already, by another's doing."""
         records: dict[str, FileRecord | None] = {"output": None, "errors": None}
         counts = progress["request_counts"]
         if end != "failed":
-            counts, records = self._compose(end, now_s, max_body_bytes, counts["total"])
+            counts, records, is_whole = self._compose(end, now_s, max_body_bytes, counts["total"])
+            if end == "completed" and not is_whole:
+                assert self.is_lost(), "an answer that was kept is gone"
+                return False  # others have finished it, and taken the journals away meanwhile
         decided = progress | {
             "status": end,
             f"{end}_at": now_s,
@@ -131,8 +134,8 @@ class Hold:
 
     def _compose(
         self, end: End, now_s: int, max_body_bytes: int, total: int
-    ) -> tuple[dict[str, int], dict[str, FileRecord | None]]:
-        """Every line of the input once, in one of the two files."""
+    ) -> tuple[dict[str, int], dict[str, FileRecord | None], bool]:
+        """Every line of the input once, in one of the two files. Counts, files, and whether each line is in one."""
         output, errors = self._own("output"), self._own("errors")
         done: set[int] = set()
         num_ok = 0
@@ -146,12 +149,12 @@ class Hold:
                 if number not in done:
                     done.add(number)
                     to_errors.write(self._unanswered(number, raw, end))
-        assert end != "completed" or len(done) == total, f"{len(done)} of {total} lines are answered"
         made: dict[str, FileRecord | None] = {}
         for part, path in (("output", output), ("errors", errors)):
             self._disk.settle(path)
             made[part] = self._record(part, path.stat().st_size, now_s) if path.stat().st_size else None
-        return {"total": total or len(done), "completed": num_ok, "failed": num_failed}, made
+        counts = {"total": total or len(done), "completed": num_ok, "failed": num_failed}
+        return counts, made, len(done) == total
 
     def _unanswered(self, number: int, raw: bytes | None, end: End) -> bytes:
         try:

@@ -143,9 +143,11 @@ class BatchKeeper:
             await runner.run()
             await asyncio.to_thread(self._store.publish, hold)
         except Exception as error:
-            if await asyncio.to_thread(hold.is_lost):
-                return  # its files are gone because others have finished it
-            logger.error("batch %s stopped, and is taken up again later", hold.batch_id, exc_info=error)
+            if not await asyncio.to_thread(hold.is_lost):
+                logger.error("batch %s stopped, and is taken up again later", hold.batch_id, exc_info=error)
+                return
+            # Others have finished it and taken away what it read; what it made since then goes, too.
+            await asyncio.to_thread(self._store.publish, hold)
 
     async def _tend(self, batch_id: str, run: _Run) -> None:
         now_s, hold = self._clock.now_s(), run.runner.hold

@@ -196,8 +196,8 @@ class BatchStore:
         self._disk.link(folder / "decided.json", folder / "final.json")
         for kind in ("lease", "progress", "journal", "output", "errors", "input"):
             for path in folder.glob(f"{kind}.*"):
-                path.unlink(missing_ok=True)
-        self._marker(one.id).unlink(missing_ok=True)
+                self._disk.remove(path)
+        self._disk.remove(self._marker(one.id))
         return True
 
     def _read_markers(self) -> dict[str, Json]:

@@ -32,6 +32,10 @@ def jsonl(*lines: Any) -> bytes:
     return b"".join((one if isinstance(one, bytes) else json.dumps(one).encode()) + b"\n" for one in lines)
 
 
+def files_below(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
 @dataclass
 class Ingress:
     """One ingress process; several of them may share a folder and a clock."""
