@@ -15,6 +15,7 @@ import uvicorn
 
 from fairserve.api.admin_service import AdminService
 from fairserve.api.app import create_app
+from fairserve.api.batches.service import BatchService
 from fairserve.api.service import OpenAIService
 from fairserve.clock import SystemClock
 from fairserve.cluster.counter_actor import without_keys
@@ -59,6 +60,7 @@ class Served:
                 "counter": {"store": str(store)},
                 "api": keys | api,
                 "engine": {"pooling": "mean"},
+                "batches": {"directory": str(store.with_name("kept"))},
             }
         )
         self.actor = CounterService(without_keys(args).model_dump_json(), metrics=self.metrics)
@@ -70,7 +72,8 @@ class Served:
         self.admin = admin = AdminService.from_config(
             args.api, query, SystemClock(), is_open=lambda: service.is_open, environ={}
         )
-        self.app = create_app(lambda: service, admin_provider=lambda: admin)
+        self.batches = batches = BatchService(args.batches, service)
+        self.app = create_app(lambda: service, admin_provider=lambda: admin, batches_provider=lambda: batches)
         dashboard.install(self.app)
         self.url = ""
 
@@ -79,7 +82,10 @@ class Served:
         server = Server(uvicorn.Config(self.app, port=0, lifespan="off", log_config=None, access_log=False))
 
         async def serve() -> None:
+            running = asyncio.create_task(self.batches.keeper.run())
             await server.serve()
+            running.cancel()
+            await self.batches.keeper.close()
             if self.actor._ticking is not None:
                 self.actor._ticking.cancel()
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from starlette.datastructures import Headers
 
 from fairserve.api import streaming
+from fairserve.api.answer_headers import AnswerHeaders
 from fairserve.api.batches.lines import ENDPOINTS, Answered, Line
 from fairserve.api.http_errors import describe
 from fairserve.api.identity import Client
@@ -84,8 +85,10 @@ class Asking:
         labels = labels_of(Headers(), body.metadata or {}, client)
         meter = service.meter(client)
         job = await service.job(body, client, labels, meter.span.traceparent)
-        answer, batches = service.answer(body, job), meter.outputs(service.generate(job))
-        response = await streaming.whole(answer, batches, meter.watching(service.deadline()))
+        answer, batches = await service.answer(body, job), meter.outputs(service.generate(job))
+        response = await streaming.whole(
+            answer, batches, meter.watching(service.deadline()), AnswerHeaders(service.clock)
+        )
         return bytes(response.body)
 
 

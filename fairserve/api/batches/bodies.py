@@ -58,6 +58,10 @@ class FileForm(BaseModel):
     file: Annotated[str, WithJsonSchema({"type": "string", "format": "binary"})]
     """JSON lines, one request each."""
     purpose: Literal["batch"]
+    anchor: Annotated[Literal["created_at"] | None, Field(alias="expires_after[anchor]")] = None
+    """Given with the next, or not at all."""
+    seconds: Annotated[Seconds | None, Field(alias="expires_after[seconds]")] = None
+    """Seconds from its creation until the file expires."""
 
 
 class Page(BaseModel):
