@@ -14,7 +14,13 @@ import pytest
 from fairserve.config import FairServeArgs
 from tests.tiny_model import save_tiny_model
 
-TINY = {"max_num_seqs": 4, "max_num_batched_tokens": 128, "kv_cache_tokens": 2048, "num_threads": 1}
+TINY = {
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 128,
+    "kv_cache_tokens": 2048,
+    "num_threads": 1,
+    "pooling": "mean",
+}
 
 
 @dataclass(frozen=True)
