@@ -41,6 +41,8 @@ class EmbeddingRequest(Body):
     include_usage: ClassVar[bool] = False
     metadata: ClassVar[None] = None
     asked_output: ClassVar[int] = 0
+    prompt_logprobs: ClassVar[None] = None
+    asked_prompt_logprobs: ClassVar[None] = None
 
     @field_validator("input", mode="before")
     @classmethod

@@ -34,6 +34,8 @@ Generation = ChatRequest | CompletionRequest | EmbeddingRequest
 COMPLETION_MAX_TOKENS = 16
 """OpenAI's default for /v1/completions."""
 HEALTH_TIMEOUT_S = 2.0
+MAX_SCORES = 1_000_000
+"""Log probabilities of prompts' tokens, alternatives included, in one answer: each takes about 200 bytes on the way."""
 PARAMS: dict[type, str] = {ChatRequest: "messages", CompletionRequest: "prompt", EmbeddingRequest: "input"}
 """What each kind of body calls its prompts."""
 ID_PREFIXES: dict[type, str] = {ChatRequest: "chatcmpl", CompletionRequest: "cmpl", EmbeddingRequest: "embd"}
@@ -189,6 +191,7 @@ class OpenAIService:
         else:
             self._check_choices(len(body.prompt), body.n, "input" if isinstance(body, EmbeddingRequest) else "n")
             prompts = await self._prompts.of_prompts(body.prompt, PARAMS[type(body)])
+        _check_scores(body, sum(map(len, prompts)))
         response_id = f"{ID_PREFIXES[type(body)]}-{secrets.token_hex(16)}"
         return Job(
             response_id=response_id,
@@ -198,7 +201,7 @@ class OpenAIService:
             n=body.n,
             stream=body.stream,
             include_usage=body.include_usage,
-            prompt_logprobs=None if isinstance(body, EmbeddingRequest) else body.prompt_logprobs,
+            prompt_logprobs=body.prompt_logprobs,
         )
 
     async def answer(self, body: Generation, job: Job) -> Answer:
@@ -273,3 +276,14 @@ class OpenAIService:
         if asked is not None:
             return asked
         return min(left, self._limits.default_max_tokens or (left if is_chat else COMPLETION_MAX_TOKENS))
+
+
+def _check_scores(body: Generation, num_prompt: int) -> None:
+    num_top = body.asked_prompt_logprobs
+    if num_top is not None and (num := num_prompt * body.n * (1 + num_top)) > MAX_SCORES:
+        param = "logprobs" if body.prompt_logprobs is None else "prompt_logprobs"
+        raise InvalidRequest(
+            f"{param}: {num} log probabilities of prompt tokens are asked for, at most {MAX_SCORES} come in an answer: "
+            "send fewer prompts, or ask for fewer alternatives or choices",
+            param=param,
+        )

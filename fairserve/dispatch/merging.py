@@ -158,7 +158,8 @@ class Merging:
         submit = lease.waiting.submit
         if lease.has_started:
             client, application = submit.client, submit.application
-            state.predictor.learn(client, application, lease.num_output)
+            if submit.max_output:  # what is only scored or embedded tells nothing of answers
+                state.predictor.learn(client, application, lease.num_output)
             service = state.cost.service(submit.num_input, lease.num_output)
             input_service = state.cost.service(submit.num_input, 0)
             state.queue.policy.finished(client, application, lease.replica, input_service, service)

@@ -156,6 +156,16 @@ async def test_what_cannot_be_is_refused(client: openai.AsyncOpenAI, extra: dict
     assert said in str(refused.value)
 
 
+async def test_an_answer_holds_a_bounded_number_of_scores(
+    client: openai.AsyncOpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fairserve.api.service.MAX_SCORES", 50)
+    asked: dict[str, Any] = {"model": MODEL, "prompt": ["abcde"] * 2, "echo": True}
+    await client.completions.create(**asked, logprobs=4)
+    with pytest.raises(openai.BadRequestError, match="logprobs: 60 log probabilities of prompt tokens"):
+        await client.completions.create(**asked, logprobs=5)
+
+
 async def test_a_prompt_that_fills_the_context_can_be_scored(
     client: openai.AsyncOpenAI, backend: ScriptedBackend
 ) -> None:

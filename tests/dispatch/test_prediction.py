@@ -246,9 +246,11 @@ def replace_total(report: StepReport, client: str, cost: CostFunction, num_input
 def test_the_predictor_learns_what_was_made_of_requests_that_ran_and_of_no_others(foretelling: MakeDesk) -> None:
     desk = foretelling(5)
     router, voice = desk.router(), desk.replica("r0")
-    router.call(submit("a", application="chat"), submit("never", max_output=9))
-    progress(voice, {"a": 3}, received=("a", "never"), started=("a",), served={"ann|chat": (10, 3)})
-    progress(voice, {"a": 7}, finished=("a", "never"), served={"ann|chat": (0, 4)})
+    router.call(submit("a", application="chat"), submit("never", max_output=9), submit("scored", max_output=0))
+    here = ("a", "never", "scored")
+    served = {"ann|chat": (10, 3), "ann": (10, 0)}
+    progress(voice, {"a": 3}, received=here, started=("a", "scored"), served=served)
+    progress(voice, {"a": 7}, finished=here, served={"ann|chat": (0, 4)})
     predictor = desk.dispatcher.state.predictor
     assert isinstance(predictor, Says) and predictor.learned == [("ann", "chat", 7)]
 

@@ -1,12 +1,15 @@
 """One rank of a tensor parallel engine, as a process: `python -m tests.engine.one_rank RANK ADDRESS MODEL`.
 
-Rank 0 prints what its engine made of some prompts, by request, as JSON.
+Rank 0 prints what its engine made of some prompts, by request, as JSON: tokens, and of the longest prompt its tokens'
+log probabilities and its embedding.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from array import array
+from typing import Any
 
 import torch
 
@@ -21,6 +24,7 @@ from tests.engine.support import FifoQueue, Ledger
 SIZE = 2
 CONFIG = EngineConfig(tensor_parallel_size=SIZE, kv_cache_tokens=256, max_num_batched_tokens=24, max_num_seqs=4)
 MAX_TOKENS = 12
+READ = "r4"
 PROMPTS = {f"r{i}": tuple(7 * j % 250 + 2 for j in range(length)) for i, length in enumerate((1, 9, 40, 30, 70))}
 
 
@@ -42,10 +46,15 @@ def main(number: int, address: str, model: str) -> None:
     for name, prompt in PROMPTS.items():
         sampling = SamplingParams(max_tokens=MAX_TOKENS, temperature=0, ignore_eos=True)
         engine.add(GenerateRequest(name, "ann", prompt, sampling))
-    made: dict[str, list[int]] = {name: [] for name in PROMPTS}
+    alone = SamplingParams(max_tokens=0, prompt_logprobs=0)
+    engine.add(GenerateRequest("scored", "ann", PROMPTS[READ], alone))
+    engine.add(GenerateRequest("pooled", "ann", PROMPTS[READ], SamplingParams(max_tokens=0), pooling="mean"))
+    made: dict[str, list[Any]] = {name: [] for name in (*PROMPTS, "scored", "pooled")}
     while engine.has_work():
         for output in engine.step().outputs:
             made[output.request_id] += output.token_ids
+            made[output.request_id] += [one.logprob for one in output.logprobs]
+            made[output.request_id] += array("f", output.embedding)
             assert output.finish_reason != "error", output.error
         engine.check()
     engine.stop()

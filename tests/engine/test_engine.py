@@ -101,7 +101,7 @@ def test_held_text_comes_out_at_the_end(llama):
         pytest.param((), {}, InvalidRequest, id="empty"),
         pytest.param((5, VOCABULARY), {}, InvalidRequest, id="unknown token"),
         pytest.param((5, -1), {}, InvalidRequest, id="negative token"),
-        pytest.param((5,), {"max_tokens": 0}, InvalidRequest, id="nothing asked for"),
+        pytest.param((5,), {"max_tokens": -1}, InvalidRequest, id="less than nothing asked for"),
     ],
 )
 def test_what_cannot_be_served_is_refused_and_costs_nothing(llama, prompt, sampling, error):

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fairserve.engine.loading import require_divisible
 from fairserve.errors import ModelError
 from fairserve.local import free_port
-from tests.engine.one_rank import MAX_TOKENS, PROMPTS, SIZE
+from tests.engine.one_rank import MAX_TOKENS, PROMPTS, READ, SIZE
 from tests.tiny_model import save_tiny_model
 
 
@@ -53,6 +53,12 @@ def test_two_ranks_make_the_tokens_that_one_makes(folder: Path) -> None:
             torch.tensor([prompt]), max_new_tokens=MAX_TOKENS, min_new_tokens=MAX_TOKENS, do_sample=False
         )[0, len(prompt) :]
         assert made[name] == wanted.tolist(), name
+    tokens = PROMPTS[READ]
+    with torch.inference_mode():
+        output = model(torch.tensor([tokens]), output_hidden_states=True)
+    rows, mean = output.logits[0].log_softmax(-1), output.hidden_states[-1][0].mean(0)
+    assert made["scored"] == pytest.approx([float(rows[i, one]) for i, one in enumerate(tokens[1:])], abs=1e-4)
+    assert made["pooled"] == pytest.approx((mean / mean.norm()).tolist(), abs=1e-4)
 
 
 def test_heads_that_cannot_be_dealt_out_are_told_with_what_can(folder: Path) -> None:
