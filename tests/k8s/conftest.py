@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[2]
 K8S = ROOT / "k8s"
 OVERLAYS = sorted(path.name for path in (K8S / "overlays").iterdir() if path.is_dir())
 INCREMENTAL = "gpu-prod with incremental-upgrade"
-RENDERED = [*OVERLAYS, INCREMENTAL]
+BATCHES = "gpu-prod with batches"
+RENDERED = [*OVERLAYS, INCREMENTAL, BATCHES]
 
 
 class Loader(yaml.CSafeLoader):
@@ -100,15 +101,17 @@ def kubectl() -> str:
 
 @pytest.fixture(scope="session")
 def manifests(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of k8s/ that can be built: with secrets, and with an overlay that the repository does not carry."""
+    """A copy of k8s/ that can be built: with secrets, and with overlays that the repository does not carry."""
     copy = tmp_path_factory.mktemp("manifests") / "k8s"
     shutil.copytree(K8S, copy, ignore=shutil.ignore_patterns("*.env"))
     for example in copy.rglob("*.env.example"):
         shutil.copy(example, example.with_suffix(""))
-    overlay = copy / "overlays" / INCREMENTAL
-    overlay.mkdir()
-    made = {"resources": ["../gpu-prod"], "components": ["../../components/incremental-upgrade"]}
-    (overlay / "kustomization.yaml").write_text(yaml.safe_dump(made))
+    for name in (INCREMENTAL, BATCHES):
+        overlay = copy / "overlays" / name
+        overlay.mkdir()
+        base, component = name.split(" with ")
+        made = {"resources": [f"../{base}"], "components": [f"../../components/{component}"]}
+        (overlay / "kustomization.yaml").write_text(yaml.safe_dump(made))
     return copy
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fairserve.config import FairServeArgs
-from tests.k8s.conftest import INCREMENTAL, K8S, OVERLAYS, Rendered
+from tests.k8s.conftest import BATCHES, INCREMENTAL, K8S, OVERLAYS, Rendered
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
@@ -81,3 +81,21 @@ def test_an_old_cluster_outlives_its_longest_answer(overlay: Rendered) -> None:
 def test_the_incremental_upgrade_changes_nothing_else(render: Callable[[str], Rendered]) -> None:
     with_it, without = render(INCREMENTAL).ray_service["spec"], render("gpu-prod").ray_service["spec"]
     assert with_it | {"upgradeStrategy": None} == without | {"upgradeStrategy": None}
+
+
+def test_batches_are_kept_on_a_volume_that_all_fronts_share_and_nobody_else_sees(
+    render: Callable[[str], Rendered],
+) -> None:
+    rendered = render(BATCHES)
+    (claim,) = [one for one in rendered.of("PersistentVolumeClaim") if one["metadata"]["name"] == "fairserve-batches"]
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    for role, pod in rendered.pods.items():
+        claims = [
+            one["persistentVolumeClaim"]["claimName"]
+            for one in pod["spec"]["volumes"]
+            if "persistentVolumeClaim" in one
+        ]
+        mounts = {one["name"]: one["mountPath"] for one in pod["spec"]["containers"][0]["volumeMounts"]}
+        assert (claims, mounts.get("batches")) == (
+            (["fairserve-batches"], "/var/lib/fairserve") if role == "front" else ([], None)
+        )

@@ -56,6 +56,8 @@ class Hold:
         self._keep_s = keep_s
         self._disk = disk
         self._beat = 1
+        self._is_torn = False
+        """A write into the journal has begun and has not ended well."""
 
     @property
     def input(self) -> Path:
@@ -85,12 +87,17 @@ class Hold:
         return {}
 
     def keep(self, answers: list[tuple[Line, Answered]]) -> None:
-        """These lines are answered, for good, when this returns."""
+        """These lines are answered, for good, when this returns. When it fails, this hold keeps nothing any more: what
+        came behind half an entry could not be read."""
+        if self._is_torn:
+            raise OSError("a write into the journal has failed before")
         entries = [
             f"{line.number} {int(answered.is_ok)} ".encode() + answer_line(self.batch_id, line, answered)
             for line, answered in answers
         ]
+        self._is_torn = True
         self._disk.append(self._own("journal"), b"".join(entries))
+        self._is_torn = False
 
     def answers(self) -> Iterator[tuple[int, bool, bytes]]:
         """Number, success and answer of every line that is answered, each once: the first answer holds."""

@@ -263,6 +263,23 @@ def test_holders_that_run_beside_each_other_make_one_end(tmp_path: Path, seed: i
     world.check_whole()
 
 
+def test_nothing_is_written_behind_half_an_entry(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.create()
+    store = world.store(Disk())
+    hold = store.claim(store.open()[0])
+    assert hold is not None
+    lines = [(Line(i + 1, f"task-{i}", b"{}"), Answered(200, "r", b"{}")) for i in range(3)]
+    hold.keep(lines[:1])
+    hold._disk = FailingDisk(0)
+    with pytest.raises(PowerCut):
+        hold.keep(lines[1:2])
+    hold._disk = Disk()
+    with pytest.raises(OSError, match="failed before"):
+        hold.keep(lines[2:])
+    assert [number for number, _, _ in hold.answers()] == [1]
+
+
 def test_of_several_who_claim_at_once_one_holds(tmp_path: Path) -> None:
     world = World(tmp_path)
     world.create()
