@@ -7,6 +7,7 @@ import json
 import logging
 import secrets
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from dataclasses import replace
 
 from starlette.datastructures import Headers
@@ -86,9 +87,8 @@ class Asking:
         meter = service.meter(client)
         job = await service.job(body, client, labels, meter.span.traceparent)
         answer, batches = await service.answer(body, job), meter.outputs(service.generate(job))
-        response = await streaming.whole(
-            answer, batches, meter.watching(service.deadline()), AnswerHeaders(service.clock)
-        )
+        # No deadline of its own: it may wait for as long as its batch's window is open.
+        response = await streaming.whole(answer, batches, meter.watching(nullcontext()), AnswerHeaders(service.clock))
         return bytes(response.body)
 
 
