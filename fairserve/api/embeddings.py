@@ -15,7 +15,7 @@ from pydantic import Field, WithJsonSchema, field_validator
 
 from fairserve.api.answers import Answer, Job, Json, TokenText
 from fairserve.api.openai_schema import PROMPT, Body, Prompt, prompts_of
-from fairserve.engine.request import RequestOutput, SamplingParams
+from fairserve.engine.request import Grammar, RequestOutput, SamplingParams
 
 FLOAT_BYTES = 4
 Encoding = Literal["float", "base64"]
@@ -43,6 +43,11 @@ class EmbeddingRequest(Body):
     asked_output: ClassVar[int] = 0
     prompt_logprobs: ClassVar[None] = None
     asked_prompt_logprobs: ClassVar[None] = None
+    grammars: ClassVar[Mapping[str, Grammar]] = {}
+    logit_bias: ClassVar[tuple[tuple[int, float], ...]] = ()
+    allowed_token_ids: ClassVar[None] = None
+    bad_words: ClassVar[tuple[str, ...]] = ()
+    min_tokens: ClassVar[int] = 0
 
     @field_validator("input", mode="before")
     @classmethod

@@ -24,7 +24,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError, from_json
 
-from fairserve.engine.request import SamplingParams
+from fairserve.api import output_rules
+from fairserve.engine.request import Grammar, SamplingParams
 from fairserve.errors import InvalidRequest
 
 MAX_STOP_STRINGS = 16
@@ -185,6 +186,22 @@ class Sampled(Body):
     include_stop_str_in_output: bool = False
     prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     """vLLM's: alternatives for each token of the prompt. Not with a stream."""
+    response_format: output_rules.ResponseFormat = None
+    """Text, any JSON object, or what fits a JSON Schema."""
+    structured_outputs: output_rules.StructuredOutputs | None = None
+    """vLLM's: one of json (a schema), regex, choice, grammar and json_object."""
+    guided_json: output_rules.GuidedJson | None = None
+    guided_regex: output_rules.GuidedRegex | None = None
+    guided_choice: output_rules.GuidedChoice | None = None
+    guided_grammar: output_rules.GuidedGrammar | None = None
+    """In Lark as llguidance has it, or in GBNF."""
+    logit_bias: output_rules.LogitBias = ()
+    """Token id, as a string -> what is added to its logit, -100 to 100."""
+    allowed_token_ids: output_rules.TokenIds | None = None
+    """No others are drawn, the end of the text included."""
+    bad_words: output_rules.BadWords = []
+    min_tokens: Annotated[int, Field(ge=0)] = 0
+    """Before so many tokens nothing ends the output."""
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -227,6 +244,16 @@ class Sampled(Body):
             raise refuse("wrong_field", "is only allowed with stream = false", "prompt_logprobs")
         return self
 
+    @model_validator(mode="after")
+    def _one_form(self) -> Sampled:
+        output_rules.only_one(self.grammars)
+        return self
+
+    @property
+    def grammars(self) -> dict[str, Grammar]:
+        """What the output must be, by the field that says so; one at the most."""
+        return {name: one for name in output_rules.FIELDS if (one := getattr(self, name)) is not None}
+
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
@@ -267,6 +294,10 @@ class Sampled(Body):
             logprobs=self.asked_logprobs,
             include_stop_str_in_output=self.include_stop_str_in_output,
             prompt_logprobs=self.asked_prompt_logprobs,
+            grammar=next(iter(self.grammars.values()), None),
+            logit_bias=self.logit_bias,
+            allowed_token_ids=None if self.allowed_token_ids is None else tuple(self.allowed_token_ids),
+            min_tokens=min(self.min_tokens, max_tokens),
         )
 
 
@@ -274,13 +305,11 @@ class ChatRequest(Sampled):
     """The body of ``POST /v1/chat/completions``."""
 
     unsupported = {
-        "logit_bias": ({},),
         "tools": ([],),
         "tool_choice": ("none", "auto"),
         "parallel_tool_calls": (True, False),  # says how tools are called, and there are none
         "functions": ([],),
         "function_call": ("none", "auto"),
-        "response_format": ({"type": "text"},),
         "modalities": (["text"],),
         "audio": (),
         "prediction": (),
@@ -322,7 +351,7 @@ class ChatRequest(Sampled):
 class CompletionRequest(Sampled):
     """The body of ``POST /v1/completions``."""
 
-    unsupported = {"logit_bias": ({},), "suffix": ("",)}
+    unsupported = {"suffix": ("",)}
 
     prompt: Annotated[tuple[Prompt, ...], WithJsonSchema(PROMPT)]
     """A string, a list of strings, a list of token ids, or a list of such lists."""

@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 import jinja2
 
 from fairserve.api.openai_schema import Message, Prompt
+from fairserve.api.output_rules import Words, bad_words
 from fairserve.errors import InvalidRequest
 
 A = TypeVar("A")
@@ -98,6 +99,10 @@ class Prompts:
     def names(self, token_ids: Sequence[int]) -> list[str]:
         """The tokens as the vocabulary writes them."""
         return [self._tokenizer.convert_ids_to_tokens(one) for one in token_ids]
+
+    def bad_words(self, words: Sequence[str]) -> Words:
+        """See :func:`fairserve.api.output_rules.bad_words`."""
+        return bad_words(self._tokenizer, words)
 
     def _encode_all(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
         return [tuple(self._tokenizer.encode(one)) if isinstance(one, str) else one for one in prompts]

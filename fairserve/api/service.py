@@ -9,8 +9,10 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 
+from fairserve.api import output_rules
 from fairserve.api.answers import Answer, ChatAnswer, CompletionAnswer, Job
 from fairserve.api.echo import EchoAnswer
 from fairserve.api.embeddings import EmbeddingAnswer, EmbeddingRequest
@@ -185,6 +187,7 @@ class OpenAIService:
         if isinstance(body, EmbeddingRequest) and self._pooling is None:
             detail = "this service makes no embeddings: its setting engine.pooling is off (mean and last make them)"
             raise InvalidRequest(detail, code="embeddings_off")
+        await output_rules.check(body, self._prompts.num_tokens)
         if isinstance(body, ChatRequest):
             self._check_choices(1, body.n)
             prompts: Sequence[tuple[int, ...]] = [await self._prompts.of_chat(body.messages)]
@@ -248,6 +251,7 @@ class OpenAIService:
         trace: str,
     ) -> list[GenerateRequest]:
         requests: list[GenerateRequest] = []
+        bad_words = self._prompts.bad_words(body.bad_words)
         for prompt in prompts:
             max_tokens = self._max_output(body, len(prompt))
             for choice in range(body.n):
@@ -255,7 +259,7 @@ class OpenAIService:
                     request_id=f"{response_id}-{len(requests)}",
                     client=client.name,
                     prompt_token_ids=prompt,
-                    sampling=body.sampling(max_tokens, choice),
+                    sampling=replace(body.sampling(max_tokens, choice), bad_words=bad_words),
                     weight=client.weight,
                     max_waiting=client.max_waiting,
                     application=labels.application,
@@ -273,6 +277,9 @@ class OpenAIService:
         asked = body.asked_output
         if left < (1 if asked is None else asked):
             raise PromptTooLong(num_prompt, 1 if asked is None else asked, self._max_model_len, PARAMS[type(body)])
+        if body.min_tokens > (most := left if asked is None else asked):
+            detail = f"min_tokens: must be at most {most}, the most tokens that this output may have"
+            raise InvalidRequest(detail, param="min_tokens")
         if asked is not None:
             return asked
         return min(left, self._limits.default_max_tokens or (left if is_chat else COMPLETION_MAX_TOKENS))

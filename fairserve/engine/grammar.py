@@ -20,6 +20,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
+from llguidance.gbnf_to_lark import gbnf_to_lark, is_lark_syntax
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask, fill_next_token_bitmask_par
 from numpy.typing import NDArray
 
@@ -37,14 +38,14 @@ MAX_CHARS: dict[GrammarKind, int] = {
 MAX_DEPTH = 64
 """Of arrays and objects within each other in a JSON Schema."""
 MAX_CHOICES = 2_048
-MAX_KEPT = 128
+MAX_KEPT = 64
 """Grammars that a process keeps compiled."""
 MAX_MESSAGE_CHARS = 500
 """Of what the library says, in an error."""
 BUDGETS = LLParserLimits(
     initial_lexer_fuel=500_000,
-    step_lexer_fuel=100_000,
-    step_max_items=50_000,
+    step_lexer_fuel=50_000,
+    step_max_items=20_000,
     max_lexer_states=50_000,
     max_grammar_size=200_000,
     verbose_errors=False,
@@ -114,6 +115,22 @@ def source(grammar: Grammar) -> str:
         case "json_object":
             text = '{"type": "object"}'
     return LLMatcher.grammar_from_json_schema(_schema(text), defaults={"whitespace_pattern": _WHITESPACE})
+
+
+def is_lark(text: str) -> bool:
+    """Or GBNF, as llama.cpp has it."""
+    return is_lark_syntax(text)
+
+
+def lark_of_gbnf(text: str) -> str:
+    """
+    Raises:
+        InvalidRequest: it is no GBNF.
+    """
+    try:
+        return gbnf_to_lark(text)
+    except Exception as error:  # the library's translation raises whatever it stumbles over
+        raise _invalid(f"is neither Lark nor GBNF: {error}") from None
 
 
 def check(grammar: Grammar) -> None:
