@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from fairserve.config import CostConfig, DispatchConfig, FairnessConfig
+from fairserve.dispatch.budgets import BudgetSettings, rows_from
 from fairserve.dispatch.capacity import Capacity
 from fairserve.dispatch.controls import Controls
 from fairserve.dispatch.decision_log import DecisionLog
 from fairserve.dispatch.dispatcher import Dispatcher, DispatchLimits
 from fairserve.dispatch.notes import Notes
 from fairserve.dispatch.replica_book import LocalBook, Request
+from fairserve.dispatch.usage import UsageBook
 from fairserve.fairness.catalog import PolicySettings, make_policy
 from fairserve.fairness.cost import CostFunction, KvTokenTime, ProfiledQuadratic, WeightedTokens
 from fairserve.fairness.policy import Policy
@@ -48,6 +50,7 @@ def make_dispatcher(
     log: DecisionLog | None = None,
     notes: Notes | None = None,
     controls: Controls | None = None,
+    usage: UsageBook | None = None,
 ) -> Dispatcher:
     """The cluster's authority, new."""
     return Dispatcher(
@@ -62,6 +65,11 @@ def make_dispatcher(
         log=log,
         notes=notes,
         controls=controls,
+        usage=usage,
+        budgets=BudgetSettings(
+            {group: rows_from(one.rows) for group, one in fairness.group_budgets.items()},
+            fairness.soft_budget_weight,
+        ),
     )
 
 

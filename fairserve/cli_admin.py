@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from rich.live import Live
 from rich.text import Text
 
-from fairserve import cli_counters, cli_tables, client
+from fairserve import cli_counters, cli_tables, cli_usage, client
 from fairserve.client import ENV_ADMIN_KEY, Connection
 from fairserve.config import CounterConfig
 from fairserve.errors import ConfigError, CounterUnreachable, InvalidRequest
@@ -172,6 +172,8 @@ def add(commands: Any, keys: Any, command: MakeCommand) -> None:
             for limit in ("--max-waiting", "--requests-per-min"):
                 number = _or_default(int)
                 made.add_argument(limit, type=number, metavar="N", default=argparse.SUPPRESS, help=f"or {DEFAULT}")
+
+    cli_usage.add(group("usage", "what each client used"), under, live, _print_client)
 
     made = live(keys, "create", create_key, "make a key in the running service; `keys new` is for the configuration")
     made.add_argument("client", metavar="CLIENT", help="a name, or a path such as organisation/team/user")

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from fairserve.views import (
     AuditView,
+    BudgetView,
     ClientView,
     CounterView,
     EventView,
@@ -65,11 +66,17 @@ def clients(views: Iterable[ClientView]) -> Table:
 
 
 def limits(view: ClientView) -> str:
-    """What was set live for this client, but for its weight."""
+    """What was set live for this client, but for its weight, and its budgets."""
     words = ["paused"] if view.is_paused else []
     words += [f"waiting <= {view.max_waiting}"] if view.max_waiting is not None else []
     words += [f"{view.requests_per_min} a minute"] if view.requests_per_min is not None else []
+    words += [f"{one.used:,} of {_most(one)} tokens a {one.window} ({one.of})" for one in view.budgets]
     return ", ".join(words)
+
+
+def _most(budget: BudgetView) -> str:
+    words = [f"{budget.soft:,} (soft)"] if budget.soft is not None else []
+    return " and ".join(words + ([f"{budget.hard:,}"] if budget.hard is not None else []))
 
 
 def counters(views: Iterable[CounterView]) -> Table:

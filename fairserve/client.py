@@ -19,12 +19,13 @@ from __future__ import annotations
 import getpass
 import os
 from collections.abc import Sequence
+from datetime import date
 from types import TracebackType
 from typing import Any, Self
 
 from fairserve.client_doors import Door, HttpDoor, RayDoor
 from fairserve.cluster import changes
-from fairserve.cluster.counter_query import typed
+from fairserve.cluster.counter_query import typed, usage_days, usage_views
 from fairserve.config import CounterConfig
 from fairserve.errors import InvalidRequest
 from fairserve.views import (
@@ -40,6 +41,7 @@ from fairserve.views import (
     Overview,
     ReplicaView,
     SettingView,
+    UsageView,
     Verdict,
 )
 
@@ -159,6 +161,15 @@ class Connection:
         asked = {"clients": list(clients), "since_s": since_s, "resolution_s": resolution_s}
         return typed(History, self._door.ask("history", **asked))
 
+    def usage(self, first: date, last: date) -> tuple[UsageView, ...]:
+        """What each client used, by day (UTC) and client; the last day is included."""
+        found: list[UsageView] = []
+        asked: dict[str, int] | None = usage_days(first, last)
+        while asked is not None:
+            views, asked = usage_views(self._door.ask("usage", **asked), asked["last_day"])
+            found += views
+        return tuple(found)
+
     def events(self, after_seq: int = 0, limit: int = 200) -> tuple[EventView, ...]:
         """Oldest first."""
         return typed(tuple[EventView, ...], self._door.ask("events", after_seq=after_seq, limit=limit))
@@ -193,6 +204,11 @@ class Connection:
         if unknown := limits.keys() - {"max_waiting", "requests_per_min"}:
             raise InvalidRequest(f"no limit {sorted(unknown)[0]!r}; these are: max_waiting, requests_per_min")
         return self._set_client(client, **limits)
+
+    def set_budgets(self, client: str, budgets: dict[str, dict[str, int]] | None) -> ClientView:
+        """Tokens by window and kind, such as ``{"day": {"soft": 800_000, "hard": 1_000_000}}``, in place of those of
+        its key; ``{}``: none. None takes the live ones back."""
+        return self._set_client(client, budgets=budgets)
 
     def set_settings(self, change: dict[str, Any]) -> tuple[SettingView, ...]:
         """Path -> value, such as ``{"fairness.quantum": 500}``; None takes a live value back. All or none."""

@@ -9,7 +9,7 @@ from urllib.parse import quote
 import httpx
 
 from fairserve.cluster.changes import KeyWanted, new_key
-from fairserve.cluster.counter_query import found_actor, has_ended, raise_plainly, silent, typed
+from fairserve.cluster.counter_query import date_of, found_actor, has_ended, raise_plainly, silent, typed
 from fairserve.errors import (
     AdminKeyRequired,
     ChangeNotKept,
@@ -135,6 +135,9 @@ class HttpDoor:
             raise InvalidRequest(NOT_OVER_HTTP)
         if method == "client":
             return self._send("GET", _client_path(arguments["name"]), arguments)
+        if method == "usage":
+            query = {"from": date_of(arguments["first_day"]), "to": date_of(arguments["last_day"])}
+            return {"views": self._send("GET", "/usage", arguments, params=query)}
         names = {"clients": "client", "since_s": "since", "resolution_s": "resolution"}
         names |= {"after_seq": "after", "before_seq": "before"}
         query = {names.get(name, name): value for name, value in arguments.items() if value is not None}

@@ -69,6 +69,37 @@ class CostConfig(Strict):
     """Service of an input token found in the prefix cache, as a fraction of a computed one."""
 
 
+class Budget(Strict):
+    """Tokens of one window: input (cached input, too) and output, as `usage` counts them, of every sequence."""
+
+    soft: PositiveInt | None = None
+    """Past it, requests are served by fairness.soft_budget_weight of the weight. null: none."""
+    hard: PositiveInt | None = None
+    """A request that it has no room for is refused with 429 and code insufficient_quota. null: none."""
+
+    @model_validator(mode="after")
+    def _soft_below_hard(self) -> Self:
+        if self.soft is None and self.hard is None:
+            raise ValueError("give 'soft', 'hard' or both")
+        if self.soft is not None and self.hard is not None and self.soft >= self.hard:
+            raise ValueError(f"soft ({self.soft}) must be below hard ({self.hard})")
+        return self
+
+
+class Budgets(Strict):
+    """Budgets of tokens, each of a calendar window of UTC."""
+
+    minute: Budget | None = None
+    day: Budget | None = None
+    month: Budget | None = None
+
+    @property
+    def rows(self) -> tuple[tuple[str, int | None, int | None], ...]:
+        """(window, soft, hard) of those that are given."""
+        windows = (("minute", self.minute), ("day", self.day), ("month", self.month))
+        return tuple([(name, one.soft, one.hard) for name, one in windows if one is not None])
+
+
 class ThrottleConfig(Strict):
     """Throttling of interactions under overload (OIT): while the cluster is overloaded, whoever is past its rate may go
     on with what it has begun, and begins nothing new. Both limits null: nobody is throttled."""
@@ -124,6 +155,10 @@ class FairnessConfig(Strict):
     group_weights: dict[GroupName, PositiveFloat] = {}
     """Weight of an organisation among organisations ("acme") or of a team within its organisation ("acme/research"),
     for clients whose names are paths. 1 where nothing is said."""
+    group_budgets: dict[GroupName, Budgets] = {}
+    """Budgets of tokens of an organisation ("acme") or a team ("acme/research"): for all its clients together."""
+    soft_budget_weight: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """What the weight of a client, or group, counts while a soft budget of its is passed, as a fraction."""
     expected_service: dict[str, PositiveFloat] = {}
     """Policy wsc: service of a typical request by application, where it is known; the others are learned."""
     cost: CostConfig = CostConfig()
@@ -188,6 +223,10 @@ class CounterConfig(Strict):
     counters begin level."""
     snapshot_s: Annotated[float, Field(gt=0, le=60)] = 1.0
     """Seconds between snapshots of the counters, and between exchanges with clusters that share a Redis."""
+    usage_days: Annotated[int, Field(ge=31, le=400)] = 93
+    """Days for which what each client used is kept, for `fairserve usage export`; a budget of a month needs 31."""
+    usage_clients: PositiveInt = 10_000
+    """Clients of one day that are counted by name; what further ones used is summed, but for those with a budget."""
     decision_log_path: str | None = None
     """File for every decision, one JSON line each, on the node of the actor; `fairserve simulate --replay` reads it.
     It names clients and lengths, no text. At 100 MB it begins anew and the last one is kept as FILE.1. null: none."""
@@ -313,6 +352,8 @@ CLIENT_PATH = f"{CLIENT_SEGMENT}(/{CLIENT_SEGMENT}){{0,2}}"
 BATCH_MARK = "+batch"
 """Behind a client's name: the client that its batches run as. No key can name one, because no segment holds a +."""
 COUNTED_PATH = f"{CLIENT_PATH}({re.escape(BATCH_MARK)})?"
+OF_CLIENT = ("weight", "max_waiting", "budgets")
+"""Fields of :class:`ApiKey` that all keys of a client must say alike."""
 CLIENT_RULE = "up to three segments joined by /, each 1-64 of A-Z a-z 0-9 . _ : @ -"
 
 
@@ -333,6 +374,8 @@ class ApiKey(Strict):
     """The client's share relative to others. Keys of one client must agree."""
     max_waiting: PositiveInt | None = None
     """Requests of this client that may wait. null: max_waiting_per_client."""
+    budgets: Budgets = Budgets()
+    """Tokens that the client may use, such as {day: {hard: 1000000}}. Keys of one client must agree."""
     applications: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,64}$")], ...] = ()
     """Application labels that callers with this key may send (X-Fairserve-Application), each 1-64 of
     A-Z a-z 0-9 . _ : -. A label changes how service is compared under policy wsc, so callers do not choose it freely:

@@ -25,6 +25,7 @@
     |   +-- ClusterQueueFull        the whole cluster has too many waiting requests
     |   +-- RateLimited             policy ``rpm``: too many requests in the window
     |   +-- ClientRateLimited       an operator limits this client's requests per minute
+    |   +-- BudgetSpent             a token budget of the client, or of a group above it, has no room for the request
     |   +-- InteractionThrottled    overload: who sent too many requests in the last 60 s begins no new interaction
     +-- RequestTimeout              not finished within request_timeout_s (HTTP 504)
     +-- ChangeNotKept               a live change could be kept nowhere, so it was not made (HTTP 503)
@@ -283,6 +284,19 @@ class ClientRateLimited(Refused):
 
     def __init__(self, client: str, limit: int, retry_after_s: float) -> None:
         super().__init__(client=client, limit=limit, retry_after_s=retry_after_s)
+
+
+class BudgetSpent(Refused):
+    """``of``: whose budget, the client's or a group's; ``budget``: minute, day or month. Tokens ``used`` in it,
+    ``promised`` to requests under way, and ``asked`` by this one: its input and expected output. ``reset_s``: seconds
+    until the window ends, at ``resets_at`` (UTC)."""
+
+    reason = "insufficient_quota"
+    message = (
+        "the {budget} budget of {of!r} has no room for this request of client {client!r}: of {limit} tokens {used} are "
+        "used and {promised} promised to requests under way, and this one is expected to take {asked}; all of it is "
+        "free again at {resets_at}, retry in {retry_after_s:.0f} s"
+    )
 
 
 class InteractionThrottled(Refused):

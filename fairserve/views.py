@@ -11,11 +11,29 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from fairserve.config import Budgets
+
 
 class View(BaseModel):
     """A frozen answer. Unknown fields are ignored, so that an older client can read a newer service."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=(), use_attribute_docstrings=True)
+
+
+class BudgetView(View):
+    """One budget of tokens, and what is used of it."""
+
+    of: str
+    """The client, or a group above it."""
+    is_group: bool = False
+    window: Literal["minute", "day", "month"]
+    soft: int | None = None
+    hard: int | None = None
+    used: int
+    promised: int
+    """To requests under way."""
+    resets_s: float
+    """Unix time at which the window ends."""
 
 
 class ClientView(View):
@@ -51,6 +69,8 @@ class ClientView(View):
     num_refused: int = 0
     last_active_s: float | None = None
     """Unix time at which it last had a request; null: not since this actor began."""
+    budgets: tuple[BudgetView, ...] = ()
+    """That hold for it, its groups' too; only where one client is asked for."""
 
 
 class CounterView(View):
@@ -214,6 +234,7 @@ class KeyView(View):
     weight: float
     max_waiting: int | None = None
     applications: tuple[str, ...] = ()
+    budgets: Budgets = Budgets()
     source: Literal["live", "deployed"] = "live"
     """live: created through the admin API or the CLI. deployed: of the configuration, and revoked by taking it out."""
     created_s: float | None = None
@@ -263,3 +284,22 @@ class ClientChange(BaseModel):
     is_paused: bool = False
     max_waiting: Annotated[int, Field(gt=0, lt=2**63)] | None = None
     requests_per_min: Annotated[int, Field(gt=0, lt=2**63)] | None = None
+    budgets: Budgets | None = None
+    """In place of those of its key, all of them; an empty object: none."""
+
+
+class UsageView(View):
+    """What one client used on one day, UTC."""
+
+    client: str
+    """"" for clients beyond the number that is kept."""
+    period_start: str
+    """Such as 2026-11-21T00:00:00Z."""
+    requests: int
+    """Sequences accepted: a request with n = 3 is three."""
+    input_tokens: int
+    cached_tokens: int
+    """Part of input_tokens that came from the prefix cache."""
+    output_tokens: int
+    service: float
+    """In units of the cost function."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -241,3 +242,26 @@ def test_the_help_tells_the_two_kinds_of_keys_apart(capsys: Capture) -> None:
         with pytest.raises(SystemExit):
             run(*words)
         assert said in capsys.readouterr().out
+
+
+def test_usage_is_exported_as_csv_or_json(desk: Desk, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    days = ("--from", "2026-11-20", "--to", "2026-11-21")
+    assert run("usage", "export", *days) == 0
+    heading, first, *_ = capsys.readouterr().out.splitlines()
+    assert heading.startswith("client,period_start,requests,input_tokens")
+    assert first == "acme/research/ann,2026-11-20T00:00:00Z,3,100,40,50,200.0"
+    file = tmp_path / "usage.json"
+    assert run("usage", "export", str(file), "--format", "json", *days) == 0
+    assert json.loads(file.read_text())[0]["client"] == "acme/research/ann"
+    assert run("usage", "export", "--from", "2026-11-22", "--to", "2026-11-20") == 2
+    assert "--to 2026-11-20 lies before --from 2026-11-22" in capsys.readouterr().err
+
+
+def test_budgets_are_set_word_by_word(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("clients", "budgets", "zoe", "day.soft=800", "day.hard=1000", "month.hard=20000") == 0
+    assert desk.counter.rows["zoe"].live["budgets"] == {"day": {"soft": 800, "hard": 1000}, "month": {"hard": 20000}}
+    assert "5 of 800 (soft) and 1,000 tokens a day" in " ".join(capsys.readouterr().out.split())
+    assert run("clients", "budgets", "zoe", "default") == 0
+    assert "budgets" not in desk.counter.rows["zoe"].live
+    assert run("clients", "budgets", "zoe", "day.hard=few") == 2
+    assert "day.hard" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import date
 from typing import Any
 
 import httpx
@@ -201,3 +202,15 @@ def test_a_ray_on_loopback_is_joined_as_such_and_no_other(
     monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", True)
     join_on_loopback(address)
     assert ray_constants.ENABLE_RAY_CLUSTER is not is_changed
+
+
+def test_usage_of_some_days_comes_whole_through_either_door(service: Connection) -> None:
+    found = service.usage(date(2026, 11, 20), date(2026, 11, 22))
+    assert [found[i].period_start for i in (0, -1)] == ["2026-11-20T00:00:00Z", "2026-11-22T00:00:00Z"]
+    assert len({(one.client, one.period_start) for one in found}) == len(found) > 3
+
+
+def test_budgets_are_set_and_taken_back(service: Connection) -> None:
+    (budget,) = service.set_budgets("greedy", {"day": {"hard": 1_000}}).budgets
+    assert (budget.window, budget.hard, budget.soft) == ("day", 1_000, None)
+    assert service.set_budgets("greedy", None).budgets == ()

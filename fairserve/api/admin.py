@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from datetime import date
 from enum import IntEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import Body, Depends, FastAPI, Path, Query, Request, Security
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
@@ -21,6 +22,7 @@ from fairserve.api.http_errors import Problem, describe, request_id_of
 from fairserve.cluster.changes import KeyWanted, wrong
 from fairserve.config import COUNTED_PATH
 from fairserve.errors import FairServeError, InvalidRequest
+from fairserve.usage_export import as_csv
 from fairserve.views import (
     AuditView,
     ClientChange,
@@ -35,6 +37,7 @@ from fairserve.views import (
     Overview,
     ReplicaView,
     SettingView,
+    UsageView,
 )
 
 PREFIX = "/admin/v1"
@@ -156,6 +159,18 @@ def _add_reads(app: FastAPI, provider: Callable[[], AdminService]) -> None:
     ) -> History:
         """Service, waiting requests and lead of some clients over time."""
         return await provider().history(client, since, int(resolution))
+
+    @app.get("/usage", responses={200: {"content": {"text/csv": {"schema": {"type": "string"}}}}})
+    async def usage(
+        form: Annotated[Literal["json", "csv"], Query(alias="format")] = "json",
+        first: Annotated[date | None, Query(alias="from", description="Default: the first of the month")] = None,
+        last: Annotated[date | None, Query(alias="to", description="Inclusive; default: today")] = None,
+    ) -> list[UsageView]:
+        """What each client used, by day of UTC."""
+        found = await provider().usage(first, last)
+        if form == "json":
+            return found
+        return Response(as_csv(found), media_type="text/csv")  # type: ignore[return-value]  # FastAPI sends it as it is
 
     @app.get("/events")
     async def events(after: Annotated[int, Query(ge=0)] = 0, limit: Limit = 200) -> tuple[EventView, ...]:

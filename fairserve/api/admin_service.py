@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, date, datetime
 from typing import Any
 
 from fairserve.api.admin_auth import Admins
@@ -14,6 +16,7 @@ from fairserve.cluster import changes
 from fairserve.cluster.counter_query import CounterQuery
 from fairserve.cluster.live_state import ID_DIGITS
 from fairserve.config import ApiConfig, ApiKey
+from fairserve.errors import InvalidRequest
 from fairserve.views import (
     AuditView,
     ClientChange,
@@ -28,6 +31,7 @@ from fairserve.views import (
     Overview,
     ReplicaView,
     SettingView,
+    UsageView,
 )
 
 PAGE = 1000
@@ -42,13 +46,22 @@ class AdminService:
         admins: who may look and who may change.
         deployed: the API keys of the deployment, which the actor does not know.
         clock: for the shared reads.
+        unix_s: the wall clock, for the month of usage that is meant.
 
     Raises (every method):
         CounterUnreachable: the counter actor did not answer in time.
     """
 
-    def __init__(self, query: CounterQuery, admins: Admins, deployed: Iterable[ApiKey], clock: Clock) -> None:
+    def __init__(
+        self,
+        query: CounterQuery,
+        admins: Admins,
+        deployed: Iterable[ApiKey],
+        clock: Clock,
+        unix_s: Callable[[], float] = time.time,
+    ) -> None:
         self.admins = admins
+        self._unix_s = unix_s
         self._query = query
         self._reads = SharedReads(clock)
         self._deployed = tuple(_deployed_view(key) for key in deployed)
@@ -110,6 +123,19 @@ class AdminService:
     async def audit(self, before_seq: int | None, limit: int) -> tuple[AuditView, ...]:
         return await self._reads.read(("audit", before_seq, limit), lambda: self._query.audit(before_seq, limit))
 
+    async def usage(self, first: date | None = None, last: date | None = None) -> list[UsageView]:
+        """By day (UTC) and client, from the first to the last day: from the first of this month to today.
+
+        Raises:
+            InvalidRequest: the last day lies before the first.
+        """
+        today = datetime.fromtimestamp(self._unix_s(), UTC).date()
+        last = last or max(today, first or today)
+        first = first or last.replace(day=1)
+        if last < first:
+            raise InvalidRequest(f"to ({last}) lies before from ({first})", param="to")
+        return await self._reads.read(("usage", first, last), lambda: self._query.usage(first, last))
+
     async def keys(self) -> tuple[KeyView, ...]:
         """The live keys, then those of the deployment."""
         return await self._reads.read("keys", self._query.keys) + self._deployed
@@ -162,5 +188,6 @@ def _deployed_view(key: ApiKey) -> KeyView:
         weight=key.weight,
         max_waiting=key.max_waiting,
         applications=key.applications,
+        budgets=key.budgets,
         source="deployed",
     )

@@ -11,12 +11,15 @@ from collections.abc import Mapping
 from fairserve.clock import Clock
 from fairserve.dispatch.messages import Standing
 from fairserve.engine.request import RequestOutput
-from fairserve.errors import ClientQueueFull, ClientRateLimited, RateLimited, Refused
+from fairserve.errors import BudgetSpent, ClientQueueFull, ClientRateLimited, RateLimited, Refused
 
 QUEUE_HEADER = "x-fairserve-queue-ms"
 POSITION_HEADER = "x-fairserve-counter-position"
 CHARGED_HEADER = "x-fairserve-charged-tokens"
+BUDGET_HEADER = "x-fairserve-token-budget"
+SOFT_HEADER = "x-fairserve-soft-budget-passed"
 TIMING_HEADER = "server-timing"
+MINUTE_S = 60
 MONTH_S = 31 * 24 * 3600
 """The longest time to a reset that is told."""
 REQUESTS, TOKENS = "requests", "tokens"
@@ -48,6 +51,13 @@ def of_refusal(error: Refused) -> dict[str, str]:
     match error:
         case ClientQueueFull() | ClientRateLimited() | RateLimited():
             return limit(REQUESTS, error.fields["limit"], 0, error.retry_after_s)
+        case BudgetSpent():
+            numbers = error.fields
+            left = numbers["limit"] - numbers["used"] - numbers["promised"]
+            told = limit(TOKENS, numbers["limit"], left, numbers["reset_s"])
+            name = {BUDGET_HEADER: f"{numbers['budget']} {numbers['of']}"}
+            # OpenAI's clients would try a few times within seconds, in vain.
+            return told | name | ({"x-should-retry": "false"} if error.retry_after_s > MINUTE_S else {})
     return {}
 
 
@@ -99,7 +109,11 @@ def _timing(durations_ms: Mapping[str, float]) -> str:
 
 def _standing(standings: list[Standing]) -> dict[str, str]:
     nearest = min(standings, key=lambda one: one.requests_left)
-    position = max(one.lead for one in standings)
-    return {POSITION_HEADER: f"{position:.1f}"} | limit(
-        REQUESTS, nearest.max_requests, nearest.requests_left, nearest.requests_reset_s
-    )
+    headers = {POSITION_HEADER: f"{max(one.lead for one in standings):.1f}"}
+    headers |= limit(REQUESTS, nearest.max_requests, nearest.requests_left, nearest.requests_reset_s)
+    limited = [(one.tokens_left, one.max_tokens, one) for one in standings if one.max_tokens is not None]
+    if limited:
+        left, most, one = min(limited, key=lambda found: found[0])
+        headers |= limit(TOKENS, most, left, one.tokens_reset_s) | {BUDGET_HEADER: one.budget}
+    passed = next((one.passed for one in standings if one.passed), "")
+    return headers | ({SOFT_HEADER: passed} if passed else {})

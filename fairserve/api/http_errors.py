@@ -28,12 +28,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fairserve.api.answer_headers import of_refusal
+from fairserve.api.answer_headers import MONTH_S, of_refusal
 from fairserve.errors import (
     AdminKeyRequired,
     BatchesOff,
     BodyTooLarge,
     BodyTooSlow,
+    BudgetSpent,
     ChangeNotKept,
     CounterUnreachable,
     FairServeError,
@@ -115,10 +116,12 @@ def describe(error: Exception, request_id: str) -> Problem:
             headers = {"www-authenticate": "Bearer"} if status == 401 else {}
             return Problem(status, str(error), "invalid_request_error", error.param, error.code, headers)
         case Refused():
-            wait_s = _whole_seconds(error.retry_after_s)
+            is_quota = isinstance(error, BudgetSpent)
+            wait_s = _whole_seconds(error.retry_after_s, MONTH_S if is_quota else MAX_RETRY_S)
             details = error.fields | {"retry_after_s": wait_s}
             wait = {"retry-after": str(wait_s)} | of_refusal(error)
-            return Problem(429, str(error), "rate_limit_error", None, error.reason, wait, details)
+            kind = error.reason if is_quota else "rate_limit_error"  # as OpenAI writes its own
+            return Problem(429, str(error), kind, None, error.reason, wait, details)
         case RequestTimeout():
             return Problem(504, str(error), "timeout_error", None, "request_timeout")
         case ReplicaFailed():
@@ -149,9 +152,9 @@ def describe(error: Exception, request_id: str) -> Problem:
     return Problem(500, f"internal error (request {request_id})", "server_error", None, "internal_error")
 
 
-def _whole_seconds(wait_s: float) -> int:
+def _whole_seconds(wait_s: float, most_s: float) -> int:
     """Retry-After takes whole seconds; too late is polite, too early is a wasted request."""
-    return max(1, math.ceil(min(wait_s, MAX_RETRY_S))) if wait_s > 0 else 1
+    return max(1, math.ceil(min(wait_s, most_s))) if wait_s > 0 else 1
 
 
 def _of_route(error: HTTPException) -> Problem:

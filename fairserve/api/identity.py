@@ -24,7 +24,7 @@ from typing import Any, Protocol, TypeVar
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from fairserve.config import CLIENT_PATH, CLIENT_RULE, CLIENT_SEGMENT, ApiConfig, ApiKey
+from fairserve.config import CLIENT_PATH, CLIENT_RULE, CLIENT_SEGMENT, OF_CLIENT, ApiConfig, ApiKey
 from fairserve.errors import ConfigError, InvalidRequest, Unauthenticated
 from fairserve.overrides import told_place
 
@@ -55,6 +55,8 @@ class Client:
     """What its key registers; :mod:`fairserve.api.labels` says what that allows."""
     is_gateway: bool = False
     """A trusted gateway sends the request, for this client or for itself: its application label is believed."""
+    budgets: tuple[tuple[str, int | None, int | None], ...] = ()
+    """Of tokens: window, soft, hard."""
 
 
 class Headers(Protocol):
@@ -85,10 +87,10 @@ class Identities:
         self._clients: dict[str, Client] = {}
         self._by_digest: dict[bytes, tuple[bytes, Client]] = {}
         for key in self._deployed:
-            client = Client(key.client, key.weight, key.max_waiting, key.applications)
+            client = Client(key.client, key.weight, key.max_waiting, key.applications, budgets=key.budgets.rows)
             known = self._clients.setdefault(key.client, client)
-            if (known.weight, known.max_waiting) != (client.weight, client.max_waiting):
-                raise ConfigError(f"client {key.client!r}: its keys disagree about weight or max_waiting")
+            if replace(known, applications=()) != replace(client, applications=()):
+                raise ConfigError(f"client {key.client!r}: its keys disagree about weight, max_waiting or budgets")
             # Each key has its own applications; a gateway speaks for the client, and so for all of its keys.
             together = dict.fromkeys(known.applications + client.applications)
             self._clients[key.client] = replace(known, applications=tuple(together))
@@ -126,8 +128,9 @@ class Identities:
         it named, and a key whose client cannot stand beside a deployed one lets nobody in. The latter two are logged.
         """
         keys = list(self._deployed)
+        deployed = {key.client: {name: getattr(key, name) for name in OF_CLIENT} for key in self._deployed}
         for key in live:
-            known = self._clients.get(key.client)
+            known = deployed.get(key.client)
             if bytes.fromhex(key.digest) in self._by_digest:
                 logger.warning("live key %s is a key of the deployment, too, which holds", key.digest[:12])
             elif known is None and (clash := self._clash(key.client)):
@@ -135,7 +138,7 @@ class Identities:
             elif known is None:
                 keys.append(key)
             else:
-                keys.append(key.model_copy(update={"weight": known.weight, "max_waiting": known.max_waiting}))
+                keys.append(key.model_copy(update=known))
         gateways = sorted(self._gateways & {key.client for key in keys})
         return Identities(keys, header=self._header, gateways=gateways, is_closed=True)
 

@@ -267,6 +267,7 @@ class OpenAIService:
                     call_index=labels.call_index,
                     trace=trace,
                     pooling=self._pooling if isinstance(body, EmbeddingRequest) else None,
+                    budgets=client.budgets,
                 )
                 requests.append(request)
         return requests

@@ -14,13 +14,23 @@ from fairserve.dispatch.decision_log import DecisionLog
 from fairserve.dispatch.dispatcher import Dispatcher
 from fairserve.dispatch.notes import Notes
 from fairserve.dispatch.store import Snapshot
+from fairserve.dispatch.usage import UsageBook
 
 
 class Authority:
-    """``args``: the settings in force. ``controls``: what is set live for each client; it outlives every Dispatcher."""
+    """``args``: the settings in force. ``controls``: what is set live for each client; it outlives every Dispatcher,
+    as does ``usage``."""
 
-    def __init__(self, args: FairServeArgs, epoch: int, clock: Clock, controls: Mapping[str, Control]) -> None:
+    def __init__(
+        self,
+        args: FairServeArgs,
+        epoch: int,
+        clock: Clock,
+        controls: Mapping[str, Control],
+        usage: UsageBook | None = None,
+    ) -> None:
         self.args = args
+        self.usage = usage or UsageBook()
         self.log_file: LineFile | None = None
         if args.counter.decision_log_path:
             self.log_file = LineFile(args.counter.decision_log_path, heading=lambda: self._log_heading)
@@ -85,7 +95,13 @@ class Authority:
             log.began(policy=args.fairness.policy, epoch=epoch, now_s=self._clock.now_s())
             self._log_heading = log.heading
         dispatcher = make_dispatcher(
-            args.fairness, args.dispatch, epoch=epoch, log=log, notes=notes, controls=self._controls
+            args.fairness,
+            args.dispatch,
+            epoch=epoch,
+            log=log,
+            notes=notes,
+            controls=self._controls,
+            usage=self.usage,
         )
         dispatcher.ledger.is_shared = self.is_shared
         return dispatcher

@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fairserve.config import CLIENT_PATH, CLIENT_RULE, ApiKey, key_digest
+from fairserve.config import CLIENT_PATH, CLIENT_RULE, ApiKey, Budgets, key_digest
 from fairserve.errors import InvalidRequest
 from fairserve.views import ClientChange
 
@@ -33,6 +33,8 @@ class KeyWanted(BaseModel):
     """Requests of this client that may wait; null: as the configuration says."""
     applications: tuple[str, ...] = ()
     """Application labels that callers with this key may send."""
+    budgets: Budgets = Budgets()
+    """Tokens that the client may use."""
 
 
 def new_secret() -> str:

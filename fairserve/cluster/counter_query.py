@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from datetime import date, timedelta
 from typing import Any, NoReturn, Protocol, TypeVar
 
 from pydantic import TypeAdapter
 
 from fairserve.cluster.counter_client import RayTransport
 from fairserve.config import ApiKey, CounterConfig
+from fairserve.dispatch.periods import starts_s, utc
 from fairserve.errors import ConfigError, CounterUnreachable, FairServeError, InvalidRequest, unwrapped
 from fairserve.views import (
     AuditView,
@@ -25,9 +27,11 @@ from fairserve.views import (
     KeyView,
     Overview,
     SettingView,
+    UsageView,
 )
 
 Answer = TypeVar("Answer")
+DAY_0 = date(1970, 1, 1)
 
 
 class AskTransport(Protocol):
@@ -74,6 +78,15 @@ class CounterQuery:
     async def history(self, clients: Sequence[str], since_s: float = 0, resolution_s: int = 1) -> History:
         arguments = {"clients": list(clients), "since_s": since_s, "resolution_s": resolution_s}
         return typed(History, await self._read("history", **arguments))
+
+    async def usage(self, first: date, last: date) -> list[UsageView]:
+        """By day (UTC) and client."""
+        found: list[UsageView] = []
+        asked: dict[str, int] | None = usage_days(first, last)
+        while asked is not None:
+            views, asked = usage_views(await self._read("usage", **asked), asked["last_day"])
+            found += views
+        return found
 
     async def events(self, after_seq: int = 0, limit: int = 200) -> tuple[EventView, ...]:
         """Oldest first."""
@@ -141,6 +154,29 @@ class CounterQuery:
             raise CounterUnreachable(silent(method, self._timeout_s)) from None
         except Exception as error:
             raise_plainly(error)
+
+
+def date_of(day: int) -> str:
+    """Such as 2026-11-21, of a day since 1970."""
+    return (DAY_0 + timedelta(days=day)).isoformat()
+
+
+def usage_days(first: date, last: date) -> dict[str, int]:
+    """The actor's arguments, of a first call."""
+    return {"first_day": (first - DAY_0).days, "last_day": (last - DAY_0).days}
+
+
+def usage_views(answer: dict[str, Any], last_day: int) -> tuple[list[UsageView], dict[str, int] | None]:
+    """One answer of the actor, and the arguments of the next call, None at the end. Over HTTP it comes whole."""
+    if "views" in answer:
+        return typed(list[UsageView], answer["views"]), None
+    names = tuple(UsageView.model_fields)
+    views = [
+        UsageView(**dict(zip(names, (client, utc(starts_s(day)), *numbers), strict=True)))
+        for day, client, *numbers in answer["rows"]
+    ]
+    next_day = answer["next_day"]
+    return views, None if next_day is None else {"first_day": next_day, "last_day": last_day}
 
 
 def typed(kind: type[Answer], answer: Any) -> Answer:

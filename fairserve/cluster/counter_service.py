@@ -34,10 +34,13 @@ from fairserve.dispatch.overview import known_clients
 from fairserve.dispatch.snapshots import adopted, document, laid_over, read_document
 from fairserve.dispatch.status import status
 from fairserve.dispatch.store import Snapshot
+from fairserve.dispatch.usage import UsageBook
 from fairserve.errors import InvalidRequest, UnknownClient
 from fairserve.fairness.hierarchy import is_group
 
 TICK_S = 0.1
+USAGE_PAGE = 2_000
+"""Rows of usage in one answer, and those that its last day has beyond."""
 
 
 class CounterService:
@@ -75,7 +78,10 @@ class CounterService:
         keeper = Keeper(self._store_of(self._config), live_memory)
         state, audit = keeper.begin()
         self._desk = Desk(deployed, unix_s, state=state, audit=audit)
-        self._authority = Authority(self._desk.in_force, epoch, self._clock, state.controls)
+        usage = UsageBook(deployed.counter.usage_days, deployed.counter.usage_clients)
+        usage.turn(unix_s())
+        self._unix_s = unix_s
+        self._authority = Authority(self._desk.in_force, epoch, self._clock, state.controls, usage)
         self._reading = Reading(lambda: self.dispatcher, self._about, self._clock.now_s, unix_s=unix_s)
         self._polls = LongPolls()
         self._upkeep = Upkeep(self._authority, self._desk, self._reading, keeper, saver, self._take_over, unix_s)
@@ -164,6 +170,12 @@ class CounterService:
         self._now_s()
         return await self._reading.events(after_seq, limit)
 
+    async def usage(self, first_day: int, last_day: int) -> dict[str, Any]:
+        """What clients used on UTC days since 1970; see :meth:`UsageBook.page`."""
+        self._now_s()
+        rows, next_day = self._authority.usage.page(first_day, last_day, USAGE_PAGE)
+        return {"rows": rows, "next_day": next_day}
+
     async def demand(self) -> Demand:
         """The work of the whole cluster, for autoscaling."""
         return demand(self.dispatcher, self._now_s())
@@ -179,6 +191,8 @@ class CounterService:
         has_moved = deployed.counter.store != self._config.store
         is_new = deployed.model_dump_json() != self._deployed_json
         self._config, self._deployed_json = deployed.counter, deployed.model_dump_json()
+        usage = self._authority.usage
+        usage.keep_days, usage.max_clients = deployed.counter.usage_days, deployed.counter.usage_clients
         if has_moved:
             await self._upkeep.move(self._store_of(self._config), is_shared=self._config.is_in_redis)
         if is_new and self._memory is not None:
@@ -347,6 +361,7 @@ class CounterService:
     async def _tick(self) -> None:
         await asyncio.sleep(TICK_S)
         now_s = self._clock.now_s()
+        self._authority.usage.turn(self._unix_s())
         self.dispatcher.tick(now_s)
         self._spans.keep(self.dispatcher.holds)
         self._wake_routers()

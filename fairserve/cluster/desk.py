@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from fairserve.cluster.live_settings import LIVE_PATHS, checked_paths, in_force, laid_over, value_at
 from fairserve.cluster.live_state import ID_DIGITS, LiveKey, State
-from fairserve.config import CLIENT_RULE, COUNTED_PATH, ApiKey, FairServeArgs
+from fairserve.config import CLIENT_RULE, COUNTED_PATH, OF_CLIENT, ApiKey, FairServeArgs
 from fairserve.dispatch.controls import NO_CONTROL, Control
 from fairserve.errors import InvalidRequest, UnknownKey
 from fairserve.fairness.hierarchy import path_of
@@ -170,11 +170,12 @@ class Desk:
                 f"this key exists already, for client {keys[key.digest].key.client!r}", param="key_sha256"
             )
         for other in keys.values():
-            agree = (other.key.weight, other.key.max_waiting) == (key.weight, key.max_waiting)
+            agree = all(getattr(other.key, name) == getattr(key, name) for name in OF_CLIENT)
             if other.key.client == key.client and not agree:
                 raise InvalidRequest(
                     f"client {key.client!r} has key {other.id} with weight {other.key.weight:g} and max_waiting "
-                    f"{other.key.max_waiting}: its keys must agree; a live weight or limit of the client changes both",
+                    f"{other.key.max_waiting}: its keys must agree, in budgets, too; a live weight, limit or budget of "
+                    "the client changes both",
                     param="weight",
                 )
         nodes = {node for other in keys.values() for node in path_of(other.key.client)}

@@ -38,6 +38,7 @@ class LiveKey:
             "weight": key.weight,
             "max_waiting": key.max_waiting,
             "applications": list(key.applications),
+            "budgets": key.budgets.model_dump(exclude_none=True),
             "source": "live",
             "created_s": self.created_s,
         }

@@ -26,7 +26,9 @@ from redis.retry import Retry
 
 from fairserve.dispatch.cut import BookKey, Cut
 from fairserve.dispatch.messages import Totals
+from fairserve.dispatch.periods import DAY_S
 from fairserve.dispatch.store import Head, HistoryRow, Overtaken, Published, Snapshot, snapshot_of
+from fairserve.dispatch.usage import UsageKey, UsageRow
 from fairserve.errors import ConfigError
 
 ENV_PASSWORD = "FAIRSERVE_REDIS_PASSWORD"
@@ -137,6 +139,7 @@ class RedisStore:
                         pipe.delete(self._key(mine, "book", _field(key)))
                     for kind, rows in self._rows(cut, head):
                         _put(pipe, self._key(mine, kind), kind, rows)
+                self._put_usage(pipe, cut)
                 pipe.set(self._key(mine, "head"), head.dump())
                 pipe.sadd(f"{self._prefix}:clusters", mine)
                 pipe.execute()
@@ -155,6 +158,25 @@ class RedisStore:
                 return None
             self._history_of = head.cluster
             return self._load(head.cluster)
+
+    def _put_usage(self, pipe: Any, cut: Cut) -> None:
+        """One key for each day, which goes by itself."""
+        days: dict[int, dict[str, str]] = {}
+        for (day, client), row in cut.usage.items():
+            days.setdefault(day, {})[client] = _json(row)
+        for day, rows in days.items():
+            key = self._key(self.cluster, "usage", str(day))
+            for part in _parts([*rows]):
+                pipe.hset(key, mapping={client: rows[client] for client in part})
+            pipe.expire(key, max(1, day - cut.first_day + 1) * DAY_S)
+
+    def load_usage(self, days: range) -> dict[UsageKey, UsageRow]:
+        cluster = self._history_of or self.cluster
+        with self._asking("read") as db, db.pipeline(transaction=False) as pipe:
+            for day in days:
+                pipe.hgetall(self._key(cluster, "usage", str(day)))
+            found = zip(days, pipe.execute(), strict=True)
+            return {(day, client): tuple(json.loads(row)) for day, rows in found for client, row in rows.items()}
 
     def set_aside(self) -> str:
         with self._asking("written") as db:

@@ -91,6 +91,7 @@ class FairRouter(RequestRouter):
             interaction=request.interaction,
             call_index=request.call_index,
             prefix=self._prefix(request),
+            budgets=request.budgets,
         )
         arrived_s = pending_request.kwargs.get("first_sent_s", pending_request.created_at)
         replaces = pending_request.kwargs.get("replaces")

@@ -61,6 +61,7 @@ class Upkeep:
     def restore(self, audit: list[dict[str, Any]]) -> tuple[str, str]:
         """Where the counters go on from: a snapshot, or nowhere (""), and why nowhere if there was one."""
         restored, why, store = "", "", self.keeper.store
+        is_mine = True
         if store is None:
             return restored, why
         mine = self._saver.cluster  # asks Ray now: later the event loop would wait for the answer
@@ -87,6 +88,14 @@ class Upkeep:
             logger.error("counters begin level: %s", why)
             self._authority.begin_level()
             self.keeper.put_back(self._desk.state, audit)
+        usage = self._authority.usage
+        try:
+            if restored:
+                usage.load(store.load_usage(range(usage.first_day, usage.now.day + 1)))
+            if restored and not is_mine:
+                usage.save_all_again()
+        except (OSError, ValueError) as error:
+            logger.error("usage begins anew: %s", error)
         try:
             if not why:
                 self._reading.history_book.load(store.load_history(60, self._unix_s() - WEEK_S, MAX_RESTORED))
@@ -109,6 +118,7 @@ class Upkeep:
         async with self.changing:
             self._saver.moved()
             self._saved_acks = {}
+            self._authority.usage.save_all_again()
             await asyncio.to_thread(self.keeper.move, store, self._desk.state)
             self._authority.share(is_shared)
 

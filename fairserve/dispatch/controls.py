@@ -17,6 +17,8 @@ class Control:
     max_waiting: int | None = None
     requests_per_min: int | None = None
     """Requests accepted in any 60 s; None for no such limit."""
+    budgets: Mapping[str, Mapping[str, int | None]] | None = None
+    """Tokens by window and kind: ``{"day": {"soft": 8000, "hard": 10000}}``; an empty one for no budget at all."""
 
     def with_changes(self, change: Mapping[str, Any]) -> Control:
         """``change``: values by field; None takes a field back."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from fairserve.dispatch.messages import Totals
+from fairserve.dispatch.usage import UsageBook, UsageKey, UsageRow
 from fairserve.fairness.hierarchy import TOP, is_group
 from fairserve.fairness.queue import FairQueue
 
@@ -98,6 +99,10 @@ class Cut:
     """Newest sequence number, and totals by account."""
     gone: list[BookKey] = field(default_factory=list)
     """Books that are no more."""
+    usage: Mapping[UsageKey, UsageRow] = field(default_factory=dict)
+    """By day and client: those that changed since what was kept last. No part of the snapshot."""
+    first_day: int = 0
+    """Rows of usage of earlier days go."""
 
     def snapshot(self) -> dict[str, Any]:
         """Of a whole cut: as ``Dispatcher.dump``."""
@@ -120,7 +125,8 @@ class Cut:
 class Cutter:
     """Takes cuts of one dispatcher's counters and ledger. Nothing is watched before the first."""
 
-    def __init__(self, queue: FairQueue[Any], watch: Watch, weights: Weights, ledger: Ledger) -> None:
+    def __init__(self, queue: FairQueue[Any], watch: Watch, weights: Weights, ledger: Ledger, usage: UsageBook) -> None:
+        self._usage = usage
         self._queue = queue
         self._watch = watch
         self._weights = weights
@@ -134,7 +140,7 @@ class Cutter:
             self._nodes, is_whole = Changes(self._node), True
             self._queue.tell_before(self._nodes.before)
         nodes, ledger = self._nodes, self._ledger
-        cut = Cut(is_whole)
+        cut = Cut(is_whole, usage=self._usage.cut(is_whole=is_whole), first_day=self._usage.first_day)
         nodes.before((TOP,))
         nodes.begin(self._queue.table if is_whole else None)
         nodes.before_unkept((TOP,))  # everything moves it: read now

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fairserve.dispatch.budgets import BudgetSettings
 from fairserve.dispatch.capacity import Capacity
 from fairserve.dispatch.controls import Control, Controls
 from fairserve.dispatch.cut import Cutter
@@ -33,6 +34,7 @@ from fairserve.dispatch.sessions import RouterSession
 from fairserve.dispatch.stages import Stages
 from fairserve.dispatch.standing import standing_of
 from fairserve.dispatch.state import State
+from fairserve.dispatch.usage import UsageBook
 from fairserve.fairness.accounts import client_of
 from fairserve.fairness.bounds import BoundTracker, GapMonitor
 from fairserve.fairness.cost import CostFunction
@@ -50,7 +52,8 @@ class Dispatcher:
     ``predictor`` foretells output lengths, ``throttle`` refuses interactions under overload, ``group_weights`` weighs
     organisations and teams, ``capacity`` and ``log`` may be handed in by a simulation and by whoever records decisions.
     ``controls``: what is set live, which outlives this object; from now on only :meth:`control` may write it.
-    ``notes``: what is told for people's sake; it goes from one dispatcher to the next.
+    ``notes``: what is told for people's sake; it goes from one dispatcher to the next, as does ``usage``, what clients
+    received by day. ``budgets``: of groups.
     """
 
     def __init__(
@@ -67,6 +70,8 @@ class Dispatcher:
         log: DecisionLog | None = None,
         controls: Controls | None = None,
         notes: Notes | None = None,
+        usage: UsageBook | None = None,
+        budgets: BudgetSettings | None = None,
     ) -> None:
         assert epoch > 0
         self.epoch = epoch
@@ -81,13 +86,16 @@ class Dispatcher:
             log=log,
             controls=Controls() if controls is None else controls,
             notes=notes or Notes(),
+            usage=usage or UsageBook(),
+            budgets=budgets or BudgetSettings(),
         )
         self.cost, self.limits = cost, limits
         self.queue, self.room, self.leases, self.capacity = state.queue, state.room, state.leases, state.capacity
         self.ledger, self.watch, self.notes = state.ledger, state.watch, state.notes
         self.interactions, self.throttle = state.interactions, state.throttle
         self.controls, self.weights = state.controls, state.weights
-        self.cutter = Cutter(self.queue, self.watch, self.weights, self.ledger)
+        self.usage, self.budgets = state.usage, state.budgets
+        self.cutter = Cutter(self.queue, self.watch, self.weights, self.ledger, self.usage)
         self._stages = Stages(state)
         self._granting = Granting(state, self._stages)
         self._losses = Losses(state, self._stages)
@@ -243,6 +251,7 @@ class Dispatcher:
         for counters and bounds: :class:`~fairserve.dispatch.weights.Weights`."""
         self.controls.put(client, control)
         self.weights.control(client)
+        self.budgets.control(client)
         self.state.counts.num_lifts += self.room.regroup(client) > 0
         self.watch.observe_one(client)
         self.notes.moved(client, now_s)
@@ -260,6 +269,8 @@ class Dispatcher:
             self.throttle.overload.observe(head_wait_s, self.capacity.pressure(now_s), now_s)
         for client in self.interactions.expire(now_s):
             self.state.mark(client)
+        for node, factor in self.budgets.take_to_weigh():
+            self.weights.hold_back(node, factor)
         self.notes.tick(self.throttle.overload.is_on, now_s)
         self.dispatch(now_s)
         self.state.forget_idle()

@@ -1,10 +1,11 @@
-"""Who may enter: rates of the policy and of the client, throttled interactions, full queues. Decides; the dispatcher
-acts."""
+"""Who may enter: rates of the policy and of the client, throttled interactions, budgets, full queues. Decides; the
+dispatcher acts."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
+from fairserve.dispatch.budgets import Budgets
 from fairserve.dispatch.controls import Controls
 from fairserve.dispatch.drain import DrainRate, retry_after_s
 from fairserve.dispatch.leases import Waiting
@@ -27,12 +28,14 @@ class Door:
         limits: DispatchLimits,
         throttle: Throttle,
         controls: Controls,
+        budgets: Budgets,
     ) -> None:
         self._queue = queue
         self._room = room
         self._limits = limits
         self._throttle = throttle
         self._controls = controls
+        self._budgets = budgets
         self._rates = Rates()
         self._drain = DrainRate()
         self._client_drain: dict[str, DrainRate] = {}
@@ -44,7 +47,7 @@ class Door:
         if error is None and is_first and self._throttle.at == "arrival":
             weight = self._queue.table.weight(client)
             error = self._throttle.refuse(client, submit.application, weight, now_s)
-        return error or self._refuse_by_queue(submit, now_s)
+        return error or self._budgets.refuse(submit) or self._refuse_by_queue(submit, now_s)
 
     def refuse_late(self, waiting: Waiting, now_s: float) -> Refused | None:
         """Why a request whose turn it is, but which fits nowhere, may not begin its interaction, or None."""

@@ -65,6 +65,7 @@ class Intake:
             return None
         client = submit.client
         state.weights.carry(client, submit.weight)
+        state.budgets.carry(client, submit.budgets)
         waiting = Waiting(submit, session.router, now_s - submit.waited_s)
         if submit.is_retry:
             self._stages.goes_on(submit, now_s)
@@ -90,6 +91,7 @@ class Intake:
             self._stages.refused(submit, error, now_s)
             return Refusal(submit.request_id, error)
         state.door.accepted(submit, now_s)
+        state.usage.accepted(client)
         waiting.accepted_s, waiting.is_first = now_s, is_first
         interactions.accepted(client, submit.interaction, submit.request_id, now_s, is_first=is_first)
         state.mark(client)

@@ -28,6 +28,7 @@ class Merging:
             return False
         owners = {account: account if SEPARATOR not in account else client_of(account) for account in report.totals}
         clients = {owners[account] for account in added}
+        self._count(added, owners)
         given_back = {owners[account] for account, difference in added.items() if difference.service < 0}
         with watch.returning(self._settled_by(report) | given_back):
             offers_room = self._meet(report, now_s)
@@ -58,6 +59,7 @@ class Merging:
         state, watch = self._state, self._state.watch
         added = state.ledger.merge_cluster(cluster, incarnation, totals, seq)
         clients = {client_of(account) for account in added}
+        self._count(added, {account: client_of(account) for account in added})
         with watch.returning(clients), watch.merging(CLUSTER + cluster, clients):
             for account, difference in added.items():
                 if (client := client_of(account)) not in state.queue.table:
@@ -66,6 +68,12 @@ class Merging:
         watch.observe(clients)
         for client in clients:
             state.idlers.look_at(client)
+
+    def _count(self, added: Mapping[str, Totals], owners: Mapping[str, str]) -> None:
+        """Towards usage and budgets; ``owners``: client by account."""
+        for account, difference in added.items():
+            self._state.usage.served(owners[account], difference)
+            self._state.budgets.served(owners[account])
 
     def _settled_by(self, report: StepReport) -> set[str]:
         """Clients whose grants the report may settle."""

@@ -126,6 +126,8 @@ class Submit:
     """Output tokens foretold by somebody who is believed (an oracle in simulations); None: the policy predicts."""
     trace: str = ""
     """The traceparent of the router's span, below which the actor's own belongs; "" when the request is not traced."""
+    budgets: tuple[tuple[str, int | None, int | None], ...] = ()
+    """The client's own budgets of tokens: window, soft, hard (``dispatch/budgets.py``)."""
 
 
 _submit_values = attrgetter(*(one.name for one in fields(Submit)))
@@ -142,6 +144,14 @@ class Standing(NamedTuple):
     requests_left: int
     requests_reset_s: float
     """Seconds until all of it is free again, if nothing more is sent."""
+    max_tokens: int | None = None
+    """The hard budget that has least left; None where there is none."""
+    tokens_left: int = 0
+    tokens_reset_s: float = 0.0
+    budget: str = ""
+    """Its window, and whose it is: "day acme"."""
+    passed: str = ""
+    """A soft budget that is passed, named alike; "" for none."""
 
 
 class Grant(NamedTuple):

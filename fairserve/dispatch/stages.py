@@ -23,6 +23,7 @@ class Stages:
         """It waits, new or again. Returns by how much counters were lifted."""
         state, client = self._state, waiting.submit.client
         rise = state.room.enter(waiting)
+        state.budgets.entered(waiting.submit)
         state.idlers.look_at(client)
         state.counts.num_lifts += rise > 0
         state.notes.entered(client, rise, now_s)
@@ -60,6 +61,7 @@ class Stages:
     def settle(self, lease: Lease) -> None:
         """What the replica has reported is no longer held: input once it started, output token by token."""
         submit, cost = lease.waiting.submit, self._state.cost
+        self._state.budgets.progressed(submit.request_id, lease.has_started, lease.num_output)
         if lease.has_started and lease.held:
             made = cost.service(submit.num_input, lease.num_output)
             expected = cost.service(submit.num_input, lease.predicted)
@@ -84,6 +86,7 @@ class Stages:
         """The request leaves, from whatever stage; an unserved charge returns."""
         state = self._state
         waiting = state.room.remove(request_id)
+        state.budgets.ended(request_id)
         lease = state.leases.pop(request_id)
         if lease is not None:
             waiting = lease.waiting

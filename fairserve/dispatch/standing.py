@@ -12,4 +12,4 @@ def standing_of(state: State, submit: Submit, now_s: float) -> Standing:
     queue, client = state.queue, submit.client
     least = queue.groups[TOP].least_served() if TOP in queue.groups else None
     lead = 0.0 if least is None else queue.counter(path_of(client)[0]) - queue.counter(least)
-    return Standing(lead, *state.door.room_of(submit, now_s))
+    return Standing(lead, *state.door.room_of(submit, now_s), *state.budgets.standing(client))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fairserve.dispatch.budgets import Budgets, BudgetSettings
 from fairserve.dispatch.capacity import Capacity
 from fairserve.dispatch.controls import NO_CONTROL, Controls
 from fairserve.dispatch.cut import SNAPSHOT_VERSION
@@ -18,6 +19,7 @@ from fairserve.dispatch.limits import DispatchLimits
 from fairserve.dispatch.notes import Notes
 from fairserve.dispatch.placement import Placement
 from fairserve.dispatch.sessions import Sessions
+from fairserve.dispatch.usage import UsageBook
 from fairserve.dispatch.waiting_room import WaitingRoom
 from fairserve.dispatch.watch import Watch
 from fairserve.dispatch.weights import Weights
@@ -62,6 +64,8 @@ class State:
         log: DecisionLog | None,
         controls: Controls,
         notes: Notes,
+        usage: UsageBook,
+        budgets: BudgetSettings,
     ) -> None:
         self.cost = cost
         self.limits = limits
@@ -79,7 +83,9 @@ class State:
         self.watch = Watch(self.queue)
         self.weights = Weights(self.queue, controls, self.leases, self.watch)
         self.room = WaitingRoom(self.queue, controls)
-        self.door = Door(self.queue, self.room, limits, self.throttle, controls)
+        self.usage = usage
+        self.budgets = Budgets(usage, controls, predictor, budgets)
+        self.door = Door(self.queue, self.room, limits, self.throttle, controls, self.budgets)
         self.idlers = Idlers(self.queue, self._is_busy)
         self.placement = Placement(self.queue, capacity, self.leases, limits, self.watch)
         self.counts = Counts()
@@ -118,6 +124,7 @@ class State:
             idlers.forgotten(client)
             self.ledger.forget(client)
             self.door.forget(client)
+            self.budgets.forget(client)
             self.predictor.forget(client)
             self.notes.forgot(client)
 
@@ -163,7 +170,7 @@ class State:
     def check(self) -> None:
         """Invariants that hold between any two events."""
         parts = (self.queue, self.ledger, self.capacity, self.leases, self.interactions)
-        for part in (*parts, self.placement, self.room, self.weights, self.idlers):
+        for part in (*parts, self.placement, self.room, self.weights, self.idlers, self.budgets):
             part.check()
         assert all(request_id not in self.room for request_id in self.leases)
         unconfirmed = {request_id for request_id, lease in self.leases.items() if not lease.confirmed}

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from fairserve.dispatch.cut import SNAPSHOT_VERSION, Cut
 from fairserve.dispatch.messages import Totals
+from fairserve.dispatch.usage import UsageKey, UsageRow
 from fairserve.fairness.hierarchy import TOP, is_group
 
 SCHEMA_VERSION = 2
@@ -40,6 +41,13 @@ CREATE TABLE IF NOT EXISTS history (
     PRIMARY KEY (resolution_s, time_s, client)
 ) WITHOUT ROWID;
 """
+_USAGE = """
+CREATE TABLE IF NOT EXISTS usage (
+    day INTEGER, client TEXT, num_requests INTEGER, num_input INTEGER, num_cached INTEGER, num_output INTEGER,
+    service REAL, PRIMARY KEY (day, client)
+) WITHOUT ROWID;
+"""
+"""Made by whoever writes there first: an older fairserve, which knows nothing of it, can read the rest."""
 _BATCH = 500
 """Rows written in one go, so that other threads get their turns."""
 
@@ -139,6 +147,10 @@ class Store(Protocol):
         """The newest snapshot; of another cluster where this one has none. None where nobody has one."""
         ...
 
+    def load_usage(self, days: range) -> dict[UsageKey, UsageRow]:
+        """Usage of these days since 1970, by day and client, as of the snapshot that :meth:`load` gave."""
+        ...
+
     def set_aside(self) -> str:
         """Rename a snapshot that cannot be read, so that the next can be written; returns its new name."""
         ...
@@ -219,6 +231,10 @@ class SqliteStore:
                 _write(db, "reported", 6, rows)
                 closed = ((book, account) for account, total in totals.items() if total is None)
                 _delete(db, "reported WHERE (book, account) = (?, ?)", closed)
+            if cut.usage:
+                db.execute(_USAGE)
+                _write(db, "usage", 7, ((*key, *row) for key, row in cut.usage.items()))
+                db.execute("DELETE FROM usage WHERE day < ?", (cut.first_day,))
 
     def load(self) -> tuple[Head, Snapshot] | None:
         if not self.path.exists():
@@ -243,6 +259,12 @@ class SqliteStore:
 
     def others(self, known: Mapping[tuple[str, int], int]) -> list[Published]:
         return []
+
+    def load_usage(self, days: range) -> dict[UsageKey, UsageRow]:
+        if not self._read("SELECT 1 FROM sqlite_master WHERE name = 'usage'"):
+            return {}
+        rows = self._read("SELECT * FROM usage WHERE day >= ? AND day < ?", (days.start, days.stop))
+        return {(day, client): _usage_row(*row) for day, client, *row in rows}
 
     # -- what was set live, and by whom -------------------------------------------------------------------------------
 
@@ -348,6 +370,10 @@ def _write(db: sqlite3.Connection, table: str, num_columns: int, rows: Iterator[
 def _delete(db: sqlite3.Connection, what: str, keys: Iterator[tuple[Any, ...]]) -> None:
     while batch := list(islice(keys, _BATCH)):
         db.executemany(f"DELETE FROM {what}", batch)
+
+
+def _usage_row(num_requests: int, num_input: int, num_cached: int, num_output: int, service: float) -> UsageRow:
+    return num_requests, num_input, num_cached, num_output, service
 
 
 def _snapshot_of(db: sqlite3.Connection) -> Snapshot:

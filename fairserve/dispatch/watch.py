@@ -47,7 +47,7 @@ class Watch:
             _subtract(self.owed, node, amount)
 
     def reweighed(self, client: str, held: float, owed: float) -> None:
-        """The client's weight changed: its granted requests hold and owe so much more (or less) at its own node."""
+        """The weight of the client, or group, changed: granted requests hold and owe so much more (or less) there."""
         _subtract(self.unserved, client, -held)
         _subtract(self.owed, client, -owed)
         group, bounds = group_of(client), self._bounds(group_of(client))

@@ -1,11 +1,12 @@
-"""Which weight counts for a client: the one its requests carry, or the one that was set live."""
+"""Which weight counts for a client: the one its requests carry, or the one that was set live; less past a soft
+budget."""
 
 from __future__ import annotations
 
 from fairserve.dispatch.controls import Controls
 from fairserve.dispatch.leases import Leases, Waiting
 from fairserve.dispatch.watch import Watch
-from fairserve.fairness.hierarchy import path_of
+from fairserve.fairness.hierarchy import is_group, path_of
 from fairserve.fairness.queue import FairQueue
 
 
@@ -31,53 +32,83 @@ class Weights:
         self._leases = leases
         self._watch = watch
         self._carried: dict[str, float] = {}
-        """Of clients whose weight is set live."""
+        """Of clients whose weight is set live, and of those (and groups) that are held back."""
+        self._factors: dict[str, float] = {}
+        """Of those that are held back."""
 
-    def carried(self, client: str) -> float:
-        """The weight that the client's requests carry; 1 before the first."""
-        carried = self._carried.get(client)
-        return self._queue.table.weight(client) if carried is None else carried
+    def carried(self, node: str) -> float:
+        """The weight that the client's requests carry, or that its group was given; 1 before the first."""
+        carried = self._carried.get(node)
+        return self._queue.table.weight(node) if carried is None else carried
 
     def carry(self, client: str, weight: float) -> None:
         """A request, a report or a snapshot says the client's weight; makes the client known."""
-        if self._controls.of(client).weight is not None:
+        if client in self._factors or self._controls.of(client).weight is not None:
             self._queue.touch(client)
             self._carried[client] = weight
-            weight = self._controls.weight(client, weight)
-        self._put(client, weight)
+        self._put(client, self._in_force(client, weight))
+        for group in path_of(client)[:-1] if self._factors else ():
+            if group in self._factors:
+                self._reweigh(group, self._carried.setdefault(group, self._queue.table.weight(group)))
 
     def control(self, client: str) -> None:
         """The client's live weight may have been set, changed or taken back; makes the client known."""
-        carried = self.carried(client)
-        live = self._controls.of(client).weight
-        self._queue.touch(client)
-        if live is None:
-            self._carried.pop(client, None)
+        self._reweigh(client, self.carried(client))
+
+    def hold_back(self, node: str, factor: float) -> None:
+        """Its weight counts so many times: a soft budget is passed (below 1), or no longer (1)."""
+        if factor == self._factors.get(node, 1.0):
+            return
+        is_known = node in self._queue.table
+        carried = self.carried(node)
+        if factor == 1.0:
+            del self._factors[node]
         else:
-            self._carried[client] = carried
-        self._put(client, carried if live is None else live)
+            self._factors[node] = factor
+        if is_known:
+            self._reweigh(node, carried)
+        else:
+            self._carried.pop(node, None)
 
     def check(self) -> None:
         weighed = {client for client in self._controls if self._controls.of(client).weight is not None}
-        assert self._carried.keys() <= weighed
+        assert self._carried.keys() <= weighed | self._factors.keys()
         table = self._queue.table
-        assert all(table.weight(client) == self._controls.of(client).weight for client in weighed if client in table)
+        known = [(node, carried) for node, carried in self._carried.items() if node in table]
+        assert all(table.weight(node) == self._in_force(node, carried) for node, carried in known)
 
-    def _put(self, client: str, weight: float) -> None:
+    def _in_force(self, node: str, carried: float) -> float:
+        return self._controls.weight(node, carried) * self._factors.get(node, 1.0)
+
+    def _reweigh(self, node: str, carried: float) -> None:
+        self._queue.touch(node)
+        if node in self._factors or self._controls.of(node).weight is not None:
+            self._carried[node] = carried
+        else:
+            self._carried.pop(node, None)
+        self._put(node, self._in_force(node, carried))
+
+    def _put(self, node: str, weight: float) -> None:
         table, watch = self._queue.table, self._watch
-        if client not in table:
-            self._queue.register(client, weight)
+        if node not in table:
+            self._queue.register(node, weight)
             return
-        factor = table.weight(client) / weight
+        factor = table.weight(node) / weight
         if factor == 1.0:
             return
-        self._queue.register(client, weight)
-        with watch.returning((client,)):
+        self._queue.register(node, weight)
+        clients = [client for client in self._leases.clients() if client.startswith(node)] if is_group(node) else [node]
+        place = node.count("/") - is_group(node)  # of the node in the paths of its clients
+        with watch.returning(clients):
             held = owed = 0.0
-            for lease in self._leases.of(client):
-                *groups, rate = lease.rates
-                lease.rates = (*groups, rate * factor)
-                held += lease.held * rate * (factor - 1.0)
-                owed += lease.owed * rate * (factor - 1.0)
-            self._queue.charge(client, held, (0.0,) * (len(path_of(client)) - 1) + (1.0,))
-            watch.reweighed(client, held, owed)
+            for client in clients:
+                held_here = 0.0
+                for lease in self._leases.of(client):
+                    rate = lease.rates[place]
+                    lease.rates = (*lease.rates[:place], rate * factor, *lease.rates[place + 1 :])
+                    held_here += lease.held * rate * (factor - 1.0)
+                    owed += lease.owed * rate * (factor - 1.0)
+                only_here = tuple([float(i == place) for i in range(len(path_of(client)))])
+                self._queue.charge(client, held_here, only_here)
+                held += held_here
+            watch.reweighed(node, held, owed)

@@ -86,6 +86,8 @@ class GenerateRequest:
     """Position of the call in its interaction, from 0, as the caller says."""
     trace: str = ""
     """The traceparent that spans of this request belong below; "" where it is not traced."""
+    budgets: tuple[tuple[str, int | None, int | None], ...] = ()
+    """The client's own budgets of tokens: window, soft, hard."""
     num_generated: int | None = None
     """The request goes on from a replica that died: the last so many of ``prompt_token_ids`` are its output until
     then, and all of them were charged there. None: it begins here."""

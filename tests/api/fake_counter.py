@@ -21,7 +21,7 @@ Dict = dict[str, Any]
 CAPACITY = 2400.0
 """Service of the whole cluster in a second."""
 NAMES = ("greedy", "modest", "acme/research/ann", "acme/research/bob", "acme/sales/eve", "zoe", "batch-jobs", "idle")
-LIVE_FIELDS = ("weight", "is_paused", "max_waiting", "requests_per_min")
+LIVE_FIELDS = ("weight", "is_paused", "max_waiting", "requests_per_min", "budgets")
 SETTINGS: Dict = {
     "fairness.policy": "vtc",
     "fairness.quantum": 500.0,
@@ -137,6 +137,13 @@ class FakeCounter:
             "times_s": times,
             "clients": {name: self._series(self.rows[name], times) for name in clients if name in self.rows},
         }
+
+    async def usage(self, first_day: int, last_day: int) -> Dict:
+        """Each client's same row on each day, two days at a time."""
+        await self._called("usage")
+        days = list(range(first_day, min(last_day, first_day + 2) + 1))
+        rows = [(day, name, 3, 100, 40, 50, 200.0) for day in days[:2] for name in sorted(self.rows)]
+        return {"rows": rows, "next_day": days[2] if len(days) > 2 else None}
 
     async def events(self, after_seq: int = 0, limit: int = 200) -> list[Dict]:
         await self._called("events")
@@ -271,6 +278,10 @@ class FakeCounter:
             "num_output": int(service / 3),
             "num_refused": 4 if row.name == "greedy" else 0,
             "last_active_s": now_s if row.demand else None,
+            "budgets": [
+                {"of": row.name, "window": window, "used": 5, "promised": 1, "resets_s": now_s + 60} | one
+                for window, one in (row.live.get("budgets") or {}).items()
+            ],
         }
 
     def _verdict(self) -> Dict:
@@ -388,5 +399,6 @@ def _key_view(entry: Dict) -> Dict:
 def _summed(views: list[Dict]) -> Dict:
     most = ("oldest_wait_s", "mean_wait_s", "lead", "counter")
     plain = {"name": "other", "is_paused": False, "max_waiting": None, "requests_per_min": None, "last_active_s": None}
+    plain["budgets"] = []
     summed = {name: sum(view[name] for view in views) for name in views[0].keys() - plain.keys()}
     return summed | {name: max(view[name] for view in views) for name in most} | plain

@@ -27,6 +27,7 @@ READS: list[tuple[str, Any]] = [
     ("/replicas", tuple[views.ReplicaView, ...]),
     ("/history?client=greedy&client=modest&resolution=60", views.History),
     ("/events?after=3&limit=5", tuple[views.EventView, ...]),
+    ("/usage?from=2026-11-20&to=2026-11-21", list[views.UsageView]),
     ("/audit", tuple[views.AuditView, ...]),
     ("/keys", tuple[views.KeyView, ...]),
     ("/settings", tuple[views.SettingView, ...]),
@@ -254,12 +255,12 @@ async def test_the_openapi_description_is_valid_and_complete(house: House) -> No
     validate(description)
     assert description["servers"] == [{"url": "/admin/v1"}]
     operations = [op for path in description["paths"].values() for op in path.values()]
-    assert len(operations) == 14
+    assert len(operations) == 15
     for operation in operations:
         assert operation["description"] and operation["security"] == [{"adminKey": []}]
         assert {"401", "403", "503", "default"} <= set(operation["responses"])
         assert "422" not in operation["responses"], "this API answers 400"
-    assert len({operation["operationId"] for operation in operations}) == 14
+    assert len({operation["operationId"] for operation in operations}) == 15
     assert "ClientView" in description["components"]["schemas"]
 
 
@@ -284,3 +285,36 @@ async def test_a_query_parameter_that_nobody_knows_is_refused_with_the_nearest(h
         error = error_of(await http.get("/clients?limt=5"), 400)
         assert error["param"] == "limt" and "did you mean 'limit'?" in error["message"]
         assert "known: none" in error_of(await http.get("/keys?limit=5"), 400)["message"]
+
+
+async def test_usage_as_csv_is_the_same_rows_with_a_heading(house: House) -> None:
+    query = {"from": "2026-11-20", "to": "2026-11-22"}
+    answer = await house.get("/usage", format="csv", **query)
+    assert answer.headers["content-type"] == "text/csv; charset=utf-8"
+    lines = answer.text.split("\r\n")
+    assert lines[0] == "client,period_start,requests,input_tokens,cached_tokens,output_tokens,service"
+    assert lines[1] == "acme/research/ann,2026-11-20T00:00:00Z,3,100,40,50,200.0"
+    assert len(lines) == 2 + len((await house.get("/usage", **query)).json()) == 2 + 3 * len(house.counter.rows)
+
+
+async def test_usage_is_of_this_month_unless_other_days_are_named_in_order(house: House) -> None:
+    first = (await house.get("/usage")).json()[0]["period_start"]
+    assert first.endswith("-01T00:00:00Z")
+    error = error_of(await house.get("/usage", **{"from": "2026-11-22", "to": "2026-11-20"}), 400)
+    assert error["message"] == "to (2026-11-20) lies before from (2026-11-22)"
+    assert error_of(await house.get("/usage", **{"from": "yesterday"}), 400)["param"] == "from"
+
+
+async def test_a_clients_budgets_are_set_and_shown_and_wrong_ones_refused(house: House) -> None:
+    async with house.http() as http:
+        set_to = {"budgets": {"day": {"soft": 800, "hard": 1000}}}
+        answer = await http.patch("/clients/greedy", json=set_to)
+        assert [(one["window"], one["hard"]) for one in answer.json()["budgets"]] == [("day", 1000)]
+        for wrong, said in (
+            ({"week": {"hard": 5}}, "has no field 'week'"),
+            ({"day": {"soft": 9, "hard": 5}}, "soft (9) must be below hard (5)"),
+            ({"day": {}}, "give 'soft', 'hard' or both"),
+            ({"day": {"hard": 0}}, "greater than 0"),
+        ):
+            error = error_of(await http.patch("/clients/greedy", json={"budgets": wrong}), 400)
+            assert said in error["message"], error

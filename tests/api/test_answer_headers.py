@@ -14,8 +14,8 @@ from fairserve.api.answer_headers import AnswerHeaders, duration
 from fairserve.clock import VirtualClock
 from fairserve.dispatch.messages import Standing
 from fairserve.engine.request import GenerateRequest
-from fairserve.errors import ClientRateLimited
-from tests.api.conftest import MODEL
+from fairserve.errors import BudgetSpent, ClientRateLimited
+from tests.api.conftest import MODEL, ServiceMaker, app_of, http_of
 from tests.api.scripted import Script, ScriptedBackend, output
 
 CHAT: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
@@ -110,3 +110,41 @@ async def test_a_refusal_names_the_limit_in_openais_headers(http: httpx.AsyncCli
     assert answer.status_code == 429 and answer.headers["retry-after"] == "13"
     told = {name: answer.headers[f"x-ratelimit-{name}-requests"] for name in ("limit", "remaining", "reset")}
     assert told == {"limit": "5", "remaining": "0", "reset": "12.2s"}
+
+
+async def test_a_key_sends_its_budgets_with_every_request(make_service: ServiceMaker, backend: ScriptedBackend) -> None:
+    key = {"client": "ann", "key": "fs-ann-secret", "budgets": {"day": {"soft": 5, "hard": 9}, "month": {"hard": 99}}}
+    async with http_of(app_of(make_service(keys=[key])), authorization="Bearer fs-ann-secret") as http:
+        assert (await http.post("/v1/chat/completions", json=CHAT)).status_code == 200
+    assert backend.requests[0].budgets == (("day", 5, 9), ("month", None, 99))
+
+
+async def test_the_nearest_budget_and_a_soft_one_that_is_passed_are_told(
+    http: httpx.AsyncClient, backend: ScriptedBackend
+) -> None:
+    backend.script = granted(STANDING._replace(max_tokens=900, tokens_left=80, tokens_reset_s=3600, budget="day ann"))
+    headers = (await http.post("/v1/chat/completions", json=CHAT)).headers
+    told = {name: headers[f"x-ratelimit-{name}-tokens"] for name in ("limit", "remaining", "reset")}
+    assert told == {"limit": "900", "remaining": "80", "reset": "1h0m0s"}
+    assert headers["x-fairserve-token-budget"] == "day ann" and "x-fairserve-soft-budget-passed" not in headers
+    backend.script = granted(STANDING._replace(passed="month acme"))
+    headers = (await http.post("/v1/chat/completions", json=CHAT)).headers
+    assert headers["x-fairserve-soft-budget-passed"] == "month acme" and "x-ratelimit-limit-tokens" not in headers
+
+
+@pytest.mark.parametrize(("wait_s", "is_final"), [(86_400.0, True), (5.0, False)])
+async def test_a_spent_budget_is_openais_insufficient_quota_with_its_numbers(
+    http: httpx.AsyncClient, backend: ScriptedBackend, wait_s: float, is_final: bool
+) -> None:
+    numbers = {"client": "ann", "budget": "day", "of": "acme", "limit": 900, "used": 890, "promised": 4, "asked": 20}
+    numbers |= {"resets_at": "2026-11-22T00:00:00Z", "reset_s": 86_400.0, "retry_after_s": wait_s}
+    backend.script = lambda _: [BudgetSpent(**numbers)]
+    answer = await http.post("/v1/chat/completions", json=CHAT)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["type"], error["code"]) == (429, "insufficient_quota", "insufficient_quota")
+    assert error["details"] == numbers | {"retry_after_s": int(wait_s)}
+    assert "2026-11-22T00:00:00Z" in error["message"]
+    assert answer.headers["retry-after"] == str(int(wait_s)), "more than an hour, too"
+    assert answer.headers["x-ratelimit-remaining-tokens"] == "6"
+    assert answer.headers["x-fairserve-token-budget"] == "day acme"
+    assert answer.headers.get("x-should-retry") == ("false" if is_final else None)

@@ -61,6 +61,7 @@ ADMIN_OPERATIONS = (
     "GET /counters",
     "GET /replicas",
     "GET /history",
+    "GET /usage",
     "GET /events",
     "GET /audit",
     "GET /keys",

@@ -170,7 +170,7 @@ def test_a_missing_keys_file_is_a_config_error() -> None:
         identities(keys_file="/no/such/file")
 
 
-@pytest.mark.parametrize("disagreement", [{"weight": 2.0}, {"max_waiting": 5}])
+@pytest.mark.parametrize("disagreement", [{"weight": 2.0}, {"max_waiting": 5}, {"budgets": {"day": {"hard": 5}}}])
 def test_keys_of_one_client_must_agree(disagreement: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"'alice'.*disagree"):
         identities({"client": "alice", "key": "sk-first"}, {"client": "alice", "key": "sk-second"} | disagreement)

@@ -72,6 +72,24 @@ def test_cuts_come_back_as_what_the_dispatcher_would_have_dumped(store: Store, d
         assert normal(found[1]) == normal(desk.dispatcher.dump())
 
 
+def test_usage_is_kept_with_the_cut_and_old_days_go(store: Store) -> None:
+    today, row = 20_000, (1, 10, 4, 5, 20.0)
+    assert store.load_usage(range(today - 92, today + 1)) == {}
+    first = replace(whole(), usage={(today, "ann"): row, (today - 1, "bob"): row}, first_day=today - 92)
+    store.save(first, HEAD)
+    later = (2, 20, 4, 5, 30.0)
+    store.save(Cut(is_whole=False, usage={(today, "ann"): later}, first_day=today - 92), replace(HEAD, seq=2))
+    assert store.load_usage(range(today - 92, today + 1)) == {(today, "ann"): later, (today - 1, "bob"): row}
+    assert store.load_usage(range(today, today + 1)) == {(today, "ann"): later}
+
+
+def test_a_cut_that_is_refused_leaves_usage_as_it_was(store: Store) -> None:
+    store.save(whole(), HEAD)
+    with pytest.raises(OutOfStep):
+        store.save(Cut(is_whole=False, usage={(20_000, "ann"): (1, 1, 0, 1, 3.0)}, first_day=19_908), HEAD)
+    assert store.load_usage(range(19_908, 20_001)) == {}
+
+
 def test_a_cut_that_does_not_follow_and_one_of_an_earlier_life_are_refused(store: Store) -> None:
     part = Cut(is_whole=False, nodes={"ann": (7.0, 1.0, None)})
     with pytest.raises(OutOfStep):

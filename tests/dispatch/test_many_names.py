@@ -25,7 +25,7 @@ GapMonitor, and the seconds of a minute, aside."""
 def cluster_of(policy: str = "vtc") -> ToyCluster:
     limits = DispatchLimits(max_clients=MAX_CLIENTS, max_waiting=10 * BATCH, lease_s=20.0)
     shape = Shape(slots=BATCH, kv_tokens=10**6)
-    return ToyCluster(
+    cluster = ToyCluster(
         policy,
         shapes=[shape],
         limits=limits,
@@ -33,6 +33,8 @@ def cluster_of(policy: str = "vtc") -> ToyCluster:
         kept_accounts=KEPT_ACCOUNTS,
         step_s=STEP_S,
     )
+    cluster.dispatcher.usage.max_clients = MAX_CLIENTS
+    return cluster
 
 
 def crowd(cluster: ToyCluster, num_names: int, name: Callable[[int], str], cancel_every: int = 0) -> None:

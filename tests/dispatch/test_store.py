@@ -191,3 +191,10 @@ def test_threads_may_write_at_the_same_time(store: SqliteStore) -> None:
         thread.join()
     assert [store.load_document(f"d{first}") for first in (100, 200, 300)] == ["109", "209", "309"]
     assert len(store.load_audit(100)) == 30
+
+
+def test_days_of_usage_that_are_too_old_are_deleted(store: SqliteStore) -> None:
+    row = (1, 10, 4, 5, 20.0)
+    store.save(replace(whole(1), usage={(100, "ann"): row}, first_day=10), HEAD)
+    store.save(replace(whole(2), usage={(200, "ann"): row}, first_day=110), replace(HEAD, seq=2))
+    assert store.load_usage(range(300)) == {(200, "ann"): row}
