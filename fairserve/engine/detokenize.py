@@ -23,11 +23,13 @@ class Decoder(Protocol):
 class FastDecoder:
     """tokenizers' own stream; about 2 us a token."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: tuple[int, ...]) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, prompt: tuple[int, ...], skip_special_tokens: bool = True
+    ) -> None:
         self._tokenizer: Any = tokenizer.backend_tokenizer
         context = list(prompt[-_CONTEXT:])
-        self._stream = DecodeStream(ids=context, skip_special_tokens=True)
-        known = self._tokenizer.decode(context, skip_special_tokens=True)
+        self._stream = DecodeStream(ids=context, skip_special_tokens=skip_special_tokens)
+        known = self._tokenizer.decode(context, skip_special_tokens=skip_special_tokens)
         self._known = known.rstrip(_UNFINISHED) if known.endswith(_UNFINISHED) else ""
         """Text of a context that ends within a character: the stream gives it out with its first new text."""
 
@@ -41,8 +43,11 @@ class FastDecoder:
 class WindowDecoder:
     """For any tokenizer: decode a short window twice, with and without the new token, and take the difference."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: tuple[int, ...]) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, prompt: tuple[int, ...], skip_special_tokens: bool = True
+    ) -> None:
         self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
         self._window = list(prompt[-_CONTEXT:])
         self._num_read = len(self._window)
         """Tokens at the head of the window whose text was given out."""
@@ -58,13 +63,18 @@ class WindowDecoder:
         return new[len(old) :]
 
     def _decode(self, token_ids: list[int]) -> str:
-        text = self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self._tokenizer.decode(
+            token_ids, skip_special_tokens=self._skip_special_tokens, clean_up_tokenization_spaces=False
+        )
         assert isinstance(text, str)
         return text
 
 
-def make_decoder(tokenizer: PreTrainedTokenizerBase, prompt: tuple[int, ...]) -> Decoder:
-    return FastDecoder(tokenizer, prompt) if tokenizer.is_fast else WindowDecoder(tokenizer, prompt)
+def make_decoder(
+    tokenizer: PreTrainedTokenizerBase, prompt: tuple[int, ...], skip_special_tokens: bool = True
+) -> Decoder:
+    kind = FastDecoder if tokenizer.is_fast else WindowDecoder
+    return kind(tokenizer, prompt, skip_special_tokens)
 
 
 class TextOutput:
@@ -74,7 +84,7 @@ class TextOutput:
         self, tokenizer: PreTrainedTokenizerBase | None, prompt: tuple[int, ...], params: SamplingParams
     ) -> None:
         """Without a tokenizer there is no text."""
-        self._decoder = None if tokenizer is None else make_decoder(tokenizer, prompt)
+        self._decoder = None if tokenizer is None else make_decoder(tokenizer, prompt, params.skip_special_tokens)
         self._stop = params.stop
         self._include_stop = params.include_stop_str_in_output
         self._unsearched = params.min_tokens

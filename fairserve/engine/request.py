@@ -42,6 +42,7 @@ class SamplingParams:
     ``ignore_eos`` not before nothing else is left. ``logit_bias``: (token id, what is added to its logit).
     ``allowed_token_ids``: no others are drawn, EOS included. ``bad_words``: none of these token sequences is completed.
     ``min_tokens``: EOS, ``stop_token_ids`` and ``stop`` end nothing before so many output tokens.
+    ``skip_special_tokens`` False: the text shows them.
     """
 
     max_tokens: int = 16
@@ -64,6 +65,7 @@ class SamplingParams:
     allowed_token_ids: tuple[int, ...] | None = None
     bad_words: tuple[tuple[int, ...], ...] = ()
     min_tokens: int = 0
+    skip_special_tokens: bool = True
 
 
 @dataclass(frozen=True, slots=True)

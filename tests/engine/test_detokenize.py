@@ -136,3 +136,11 @@ def test_before_min_tokens_no_stop_string_is_looked_for():
     text = TextOutput(TOKENIZER, (), SamplingParams(stop=("ab",), min_tokens=2))
     said = [text.push(token_id) for token_id in ids]
     assert said == [("a", None), ("b", None), ("", None), ("", "ab")]
+
+
+@DECODERS
+def test_special_tokens_are_text_only_where_they_are_asked_for(decoder):
+    special = TOKENIZER.convert_tokens_to_ids("<|end|>")
+    for skips, expected in ((True, "a"), (False, "a<|end|>")):
+        output = decoder(TOKENIZER, PROMPT, skips)
+        assert output.push(encode("a")[0]) + output.push(special) == expected
