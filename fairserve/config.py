@@ -351,9 +351,12 @@ def _digest_of(key: str | None, key_sha256: str | None) -> str:
 CLIENT_PATH = f"{CLIENT_SEGMENT}(/{CLIENT_SEGMENT}){{0,2}}"
 BATCH_MARK = "+batch"
 """Behind a client's name: the client that its batches run as. No key can name one, because no segment holds a +."""
-COUNTED_PATH = f"{CLIENT_PATH}({re.escape(BATCH_MARK)})?"
-OF_CLIENT = ("weight", "max_waiting", "budgets")
+COUNTED_PATH = rf"{CLIENT_PATH}(\+(batch|flex|priority|scale))?"
+"""Whom the counter actor counts: clients, and what their batches and service tiers run as."""
+OF_CLIENT = ("weight", "max_waiting", "budgets", "sub_clients")
 """Fields of :class:`ApiKey` that all keys of a client must say alike."""
+ServiceTier = Literal["flex", "priority", "scale"]
+"""OpenAI's names; "auto" and "default" are every client's."""
 CLIENT_RULE = "up to three segments joined by /, each 1-64 of A-Z a-z 0-9 . _ : @ -"
 
 
@@ -380,6 +383,21 @@ class ApiKey(Strict):
     """Application labels that callers with this key may send (X-Fairserve-Application), each 1-64 of
     A-Z a-z 0-9 . _ : -. A label changes how service is compared under policy wsc, so callers do not choose it freely:
     any other is refused, and the first also holds for callers who send none. With none here, labels are ignored."""
+
+    service_tiers: tuple[ServiceTier, ...] = ()
+    """Tiers of api.service_tiers that callers with this key may ask for. Requests of a tier are a client of their own,
+    CLIENT+TIER, beside CLIENT, with its weight times the tier's."""
+    sub_clients: bool = False
+    """The ``user`` of a request becomes the last segment of the client's name, CLIENT/USER, and each user has a fair
+    share within CLIENT, and its own counter, weight and max_waiting; the share of CLIENT as a whole is
+    fairness.group_weights[CLIENT]. Whoever names no user is CLIENT/no-user. CLIENT has at most two segments. Users are
+    believed: they are as many as the callers say, and dispatch.max_clients bounds how many are remembered."""
+
+    @model_validator(mode="after")
+    def _has_room_for_users(self) -> ApiKey:
+        if self.sub_clients and self.client.count("/") > 1:
+            raise ValueError(f"client {self.client!r} has three segments, so its users can have none (sub_clients)")
+        return self
 
     @model_validator(mode="after")
     def _applications_differ(self) -> ApiKey:
@@ -449,6 +467,12 @@ class ApiConfig(Strict):
     default_max_tokens: PositiveInt | None = None
     """max_tokens of a request that names none. null: 16 for completions (OpenAI's default); for chat what is left
     of the context."""
+    tool_format: Literal["auto", "hermes", "llama3_json", "mistral"] = "auto"
+    """How the model writes calls of functions (`fairserve/api/tool_formats.py`). auto: as its chat template shows; a
+    model whose template shows none of these has no tools."""
+    service_tiers: dict[ServiceTier, PositiveFloat] = {}
+    """Tier -> factor on the weight of a client whose key may ask for it, such as {flex: 0.5, priority: 2}. Whatever
+    else is asked for is served as "default"."""
     request_timeout_s: PositiveFloat = 3600.0
     """Seconds that a request, once read and tokenized, may wait and run; then it is cancelled."""
     multiplex: bool = True

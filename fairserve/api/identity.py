@@ -41,6 +41,9 @@ MAX_SHOWN_TOKEN = 24
 SECRET_PREFIXES = ("fs-", "sk-")
 CLIENT_NAME = re.compile(CLIENT_PATH)
 FLAT_NAME = re.compile(CLIENT_SEGMENT)
+USER_NAME = re.compile("[A-Za-z0-9._@-]{1,48}")
+"""Users that are shown as they are; no ":", which joins a client and a tier."""
+NO_USER = "no-user"
 KeyKind = TypeVar("KeyKind", bound=BaseModel)
 
 
@@ -57,6 +60,27 @@ class Client:
     """A trusted gateway sends the request, for this client or for itself: its application label is believed."""
     budgets: tuple[tuple[str, int | None, int | None], ...] = ()
     """Of tokens: window, soft, hard."""
+    service_tiers: tuple[str, ...] = ()
+    """What its key may ask for."""
+    has_users: bool = False
+    """Its users are the clients: see :meth:`of_user`."""
+
+    def of_user(self, user: str | None) -> Client:
+        """Whom a request of this ``user`` counts for: the user, where the key says so, and else this client. A user
+        whose name does not fit into a client's is shown by a digest of it."""
+        if not self.has_users:
+            return self
+        name = user or NO_USER
+        if not USER_NAME.fullmatch(name):
+            name = f"user-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+        return replace(self, name=f"{self.name}/{name}", has_users=False)
+
+    def at_tier(self, tier: str | None, weights: Mapping[Any, float]) -> tuple[Client, str]:
+        """The client that a request of this ``tier`` counts for, and the tier that it gets. A tier has a name of its
+        own because weight is a client's, not a request's."""
+        if tier not in self.service_tiers or tier not in weights:
+            return self, "default"
+        return replace(self, name=f"{self.name}+{tier}", weight=self.weight * weights[tier]), tier
 
 
 class Headers(Protocol):
@@ -87,10 +111,19 @@ class Identities:
         self._clients: dict[str, Client] = {}
         self._by_digest: dict[bytes, tuple[bytes, Client]] = {}
         for key in self._deployed:
-            client = Client(key.client, key.weight, key.max_waiting, key.applications, budgets=key.budgets.rows)
+            client = Client(
+                key.client,
+                key.weight,
+                key.max_waiting,
+                key.applications,
+                budgets=key.budgets.rows,
+                service_tiers=key.service_tiers,
+                has_users=key.sub_clients,
+            )
             known = self._clients.setdefault(key.client, client)
-            if replace(known, applications=()) != replace(client, applications=()):
-                raise ConfigError(f"client {key.client!r}: its keys disagree about weight, max_waiting or budgets")
+            of_key = {"applications": (), "service_tiers": ()}
+            if replace(known, **of_key) != replace(client, **of_key):
+                raise ConfigError(f"client {key.client!r}: its keys disagree about {', '.join(OF_CLIENT)}")
             # Each key has its own applications; a gateway speaks for the client, and so for all of its keys.
             together = dict.fromkeys(known.applications + client.applications)
             self._clients[key.client] = replace(known, applications=tuple(together))
