@@ -41,6 +41,8 @@ MAX_SHOWN_TOKEN = 24
 SECRET_PREFIXES = ("fs-", "sk-")
 CLIENT_NAME = re.compile(CLIENT_PATH)
 FLAT_NAME = re.compile(CLIENT_SEGMENT)
+AGREED = ("weight", "max_waiting", "budgets", "has_users")
+"""What the keys of a client must say alike, as :class:`Client` has it."""
 USER_NAME = re.compile("[A-Za-z0-9._@-]{1,48}")
 """Users that are shown as they are; no ":", which joins a client and a tier."""
 NO_USER = "no-user"
@@ -121,8 +123,7 @@ class Identities:
                 has_users=key.sub_clients,
             )
             known = self._clients.setdefault(key.client, client)
-            of_key = {"applications": (), "service_tiers": ()}
-            if replace(known, **of_key) != replace(client, **of_key):
+            if any(getattr(known, name) != getattr(client, name) for name in AGREED):
                 raise ConfigError(f"client {key.client!r}: its keys disagree about {', '.join(OF_CLIENT)}")
             # Each key has its own applications; a gateway speaks for the client, and so for all of its keys.
             together = dict.fromkeys(known.applications + client.applications)

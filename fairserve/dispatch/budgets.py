@@ -1,7 +1,8 @@
 """Token budgets of clients and groups: how much of one is left, and whether a request may still enter.
 
 A budget counts input tokens (cached ones, too) and output tokens, of what the ledger has merged, in a calendar window
-of UTC: the minute, day or month under way. A group's holds for the sum of its clients.
+of UTC: the minute, day or month under way. A client's holds for its batches and service tiers, too, a group's for the
+sum of its clients.
 
 *Hard*: a request enters only if what is used, what is promised to requests under way and what this one is expected to
 take fit together. Expected is its input and the output that the predictor foretells (1 token where it foretells none).
@@ -28,7 +29,7 @@ from fairserve.dispatch.messages import Submit
 from fairserve.dispatch.periods import WINDOWS, Window, utc
 from fairserve.dispatch.usage import UsageBook
 from fairserve.errors import BudgetSpent
-from fairserve.fairness.hierarchy import is_group, path_of
+from fairserve.fairness.hierarchy import is_group, owner_of, path_of
 from fairserve.fairness.prediction import Predictor
 
 PROMISED_RETRY_S = 5.0
@@ -102,6 +103,7 @@ class Budgets:
 
     def carry(self, client: str, rows: Sequence[Any]) -> None:
         """What a request's key says."""
+        client = owner_of(client)
         if not rows and client not in self._carried:
             return
         carried = rows_from(rows)
@@ -159,7 +161,7 @@ class Budgets:
 
     def entered(self, submit: Submit) -> None:
         """It waits, new or again: it is promised what it is expected to take."""
-        nodes = tuple([node for node in path_of(submit.client) if node in self._rows]) if self._rows else ()
+        nodes = tuple([node for node in path_of(owner_of(submit.client)) if node in self._rows]) if self._rows else ()
         if nodes and submit.request_id not in self._promises:
             expected = self._expected(submit)
             self._promises[submit.request_id] = _Promise(nodes, submit.num_input, expected, 0)
@@ -196,7 +198,7 @@ class Budgets:
     def served(self, client: str) -> None:
         """Something of it was merged."""
         if self._rows:
-            self._to_weigh.update([node for node in path_of(client) if node in self._rows])
+            self._to_weigh.update([node for node in path_of(owner_of(client)) if node in self._rows])
 
     def take_to_weigh(self) -> list[tuple[str, float]]:
         """Clients and groups whose factor may be another one since the last call, and the factor of their weight."""
@@ -256,7 +258,7 @@ class Budgets:
         """Every budget that holds for it, with what is used of it."""
         if not self._rows:
             return
-        for node in path_of(client):
+        for node in path_of(owner_of(client)):
             for budget in self._rows.get(node, ()):
                 yield node, budget, self._usage.tokens(node, budget.window)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from fairserve.dispatch.messages import Totals
 from fairserve.dispatch.periods import Periods, Window
-from fairserve.fairness.hierarchy import is_group, path_of
+from fairserve.fairness.hierarchy import is_group, owner_of, path_of
 
 KEEP_DAYS = 93
 MAX_CLIENTS = 10_000
@@ -85,7 +85,7 @@ class UsageBook:
         row.num_output += num_output
         row.service += service
         if self._sums:
-            for node in path_of(client):
+            for node in path_of(owner_of(client)):
                 if (sums := self._sums.get(node)) is not None:
                     for window in sums:
                         sums[window] += num_input + num_output
@@ -162,7 +162,7 @@ class UsageBook:
         rows = self._days.setdefault(day, {})
         if client not in rows:
             is_full = len(rows) >= self.max_clients or self._num_rows >= self._max_rows
-            if is_full and client not in self._sums:
+            if is_full and owner_of(client) not in self._sums:
                 client = OTHERS
             if client not in rows:
                 rows[client] = _Row()
@@ -176,10 +176,8 @@ class UsageBook:
         sums["day"], sums["month"] = 0, 0
         for day in range(self.now.first_of_month, today + 1):
             rows = self._days.get(day, {})
-            if is_group(node):
-                num = sum(row.num_input + row.num_output for client, row in rows.items() if client.startswith(node))
-            else:
-                num = rows[node].num_input + rows[node].num_output if node in rows else 0
+            below = str.startswith if is_group(node) else lambda client, node: owner_of(client) == node
+            num = sum(row.num_input + row.num_output for client, row in rows.items() if below(client, node))
             sums["month"] += num
             if day == today:
                 sums["day"] = num

@@ -28,6 +28,11 @@ def _path_of(client: str) -> tuple[str, ...]:
     return (*("/".join(parts[:i]) + "/" for i in range(1, len(parts))), client)
 
 
+def owner_of(client: str) -> str:
+    """``acme/ann`` of what its batches and service tiers run as: ``acme/ann+batch``, ``acme/ann+flex``."""
+    return client.partition("+")[0]
+
+
 def group_of(node: str) -> str:
     """The group whose member the node is."""
     return _group_of(node) if "/" in node else TOP

@@ -72,6 +72,17 @@ def test_a_burst_is_promised_its_tokens_before_any_is_served(scene: Scene) -> No
     assert answers[3].retry_after_s == 5, "what is under way may leave room"
 
 
+@pytest.mark.parametrize("client", ["ann+batch", "ann+flex"])
+def test_what_a_clients_batches_and_tiers_take_is_of_its_own_budget(scene: Scene, client: str) -> None:
+    assert scene.send("r1", client, num_input=40) is None
+    error = scene.send("r2", num_input=70)
+    assert error is not None and error.fields["promised"] == 41
+    scene.run("r1", client, 40, 20)
+    error = scene.send("r3", client, num_input=40)
+    assert error is not None and (error.fields["of"], error.fields["used"]) == ("ann", 60)
+    scene.usage.check()
+
+
 @pytest.mark.parametrize("where", ["waiting", "granted"])
 def test_who_leaves_gives_back_what_was_promised(scene: Scene, where: str) -> None:
     if where == "waiting":
