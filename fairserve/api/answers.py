@@ -33,6 +33,10 @@ class Job:
     include_usage: bool
     prompt_logprobs: int | None = None
     """Alternatives to list for each token of the prompt (vLLM's field), None to list nothing."""
+    fingerprint: str = ""
+    """``system_fingerprint``: equal where equal requests are answered alike."""
+    service_tier: str | None = None
+    """The tier that was used, where the caller asked for one."""
 
 
 class Answer(ABC):
@@ -40,6 +44,8 @@ class Answer(ABC):
 
     whole_object: ClassVar[str]
     chunk_object: ClassVar[str]
+    has_plain_text: ClassVar[bool] = True
+    """A chunk holds the text of its output as it is."""
 
     def __init__(self, job: Job, token_text: TokenText) -> None:
         self._job = job
@@ -59,7 +65,10 @@ class Answer(ABC):
         if not (is_first or output.text or output.logprobs or output.finish_reason):
             return None
         self._begun.add(index)
-        chunk = self._envelope(self.chunk_object, [self._delta(index, self._apart(index, output), is_first)])
+        return self._chunk(self._delta(index, self._apart(index, output), is_first))
+
+    def _chunk(self, choice: Json) -> Json:
+        chunk = self._envelope(self.chunk_object, [choice])
         return chunk | {"usage": None} if self._job.include_usage else chunk
 
     def usage_chunk(self, last: Mapping[int, RequestOutput]) -> Json:
@@ -86,11 +95,14 @@ class Answer(ABC):
 
     def _envelope(self, object_name: str, choices: list[Json]) -> Json:
         job = self._job
+        tier = {} if job.service_tier is None else {"service_tier": job.service_tier}
         return {
             "id": job.response_id,
             "object": object_name,
             "created": job.created_s,
             "model": job.model,
+            "system_fingerprint": job.fingerprint or None,
+            **tier,
             "choices": choices,
         }
 

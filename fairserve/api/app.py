@@ -108,6 +108,7 @@ def create_app(
 async def _generate(service: OpenAIService, request: Request, kind: type[Generation]) -> Response:
     client = service.identify(request.headers)  # before the body: strangers get no parsing
     body = parse(kind, await read_json(request, service.max_body_bytes, service.read_timeout_s))
+    client = client.of_user(body.user)
     labels = labels_of(request.headers, body.metadata or {}, client)
 
     async def respond(scope: Scope, receive: Receive, send: Send) -> None:

@@ -2,8 +2,9 @@
 
 Three rules. A field that nobody knows is refused, with the nearest known name. A field that OpenAI knows and
 fairserve does not support is accepted at its neutral value and refused otherwise: nothing is silently ignored. A
-``null`` means "left out", as OpenAI's own clients use it. ``user``, ``metadata`` and ``safety_identifier`` are labels:
-accepted, and neither stored nor used, except for three keys of ``metadata`` (:mod:`fairserve.api.labels`).
+``null`` means "left out", as OpenAI's own clients use it. ``user``, ``metadata``, ``safety_identifier`` and
+``prompt_cache_key`` are labels: accepted, and neither stored nor used, except for three keys of ``metadata``
+(:mod:`fairserve.api.labels`) and the ``user`` of a key with ``sub_clients``.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError, from_json
 
 from fairserve.api import output_rules
+from fairserve.api.tools import CHOICE_SCHEMA, MAX_TOOLS, MODES, NAME_PATTERN, NAMED, Choice, Toolbox, choice_of
 from fairserve.engine.request import Grammar, SamplingParams
 from fairserve.errors import InvalidRequest
 
@@ -51,7 +53,7 @@ _TEXT_PART = {
     "required": ["type", "text"],
     "additionalProperties": False,
 }
-_CONTENT = {"anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_PART}]}
+_CONTENT = {"anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_PART}, {"type": "null"}]}
 _STOP_STRING = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
 _STOP = {"anyOf": [_STOP_STRING, {"type": "array", "items": _STOP_STRING, "maxItems": MAX_STOP_STRINGS}]}
 _METADATA = {
@@ -92,6 +94,8 @@ class Body(BaseModel):
 
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     """Field known to OpenAI -> the values that ask for nothing."""
+    instead: ClassVar[Mapping[str, str]] = {}
+    """Of some of these: what to send in its place."""
 
     @model_validator(mode="before")
     @classmethod
@@ -108,7 +112,8 @@ class Body(BaseModel):
             elif value is not None and not any(
                 type(value) is type(neutral) and value == neutral for neutral in cls.unsupported[name]
             ):
-                raise refuse("unsupported_field", "is not supported yet: leave it out", name)
+                hint = f"send {cls.instead[name]} instead" if name in cls.instead else "leave it out"
+                raise refuse("unsupported_field", f"is not supported yet: {hint}", name)
         return kept
 
     @classmethod
@@ -125,20 +130,72 @@ class StreamOptions(Body):
     include_usage: bool = False
 
 
+class Function(Body):
+    name: Annotated[str, Field(pattern=NAME_PATTERN)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    """JSON Schema of the arguments, an object. Left out: no arguments."""
+    strict: bool | None = None
+    """Accepted. The arguments of a call that was asked for (``required``, or by name) follow the schema in any case;
+    those of a call that the model chose to make are what it said."""
+
+
+class Tool(Body):
+    type: Literal["function"]
+    function: Function
+
+    @property
+    def as_told(self) -> dict[str, Any]:
+        """What the chat template gets: what the caller said, without ``strict``."""
+        return {"type": "function", "function": self.function.model_dump(exclude_unset=True, exclude={"strict"})}
+
+
+class CalledFunction(Body):
+    unsupported = {"parsed_arguments": ()}
+
+    name: Annotated[str, Field(min_length=1, max_length=256)]
+    arguments: str
+    """JSON, as text."""
+
+
+class ToolCall(Body):
+    """A call that the assistant made in an earlier turn."""
+
+    id: Annotated[str, Field(min_length=1, max_length=256)]
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = None
+    """As in streams; not used."""
+
+
 class Message(Body):
     unsupported = {
-        "tool_calls": ([],),
         "function_call": (),
         "refusal": (),
         "audio": (),
         "annotations": ([],),
+        "parsed": (),  # the openai package's own addition to answers
     }
+    instead = {"function_call": "'tool_calls'"}
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str, WithJsonSchema(_CONTENT)]
-    """Text, or a list of text parts, which are joined by newlines."""
+    content: Annotated[str | None, WithJsonSchema(_CONTENT)] = None
+    """Text, or a list of text parts, which are joined by newlines. An assistant that only calls functions has none."""
     name: str | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS), FailFast()] = []
+    """Of an assistant."""
     tool_call_id: str | None = None
+    """Which call the message of a tool answers."""
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Message:
+        if self.tool_calls and self.role != "assistant":
+            raise refuse("wrong_field", "is only allowed in messages of the assistant", "tool_calls")
+        if self.content is None and not self.tool_calls:
+            raise refuse("missing", "Field required", "content")
+        if self.role == "tool" and self.tool_call_id is None:
+            raise refuse("missing", "is required: it says which call this is the result of", "tool_call_id")
+        return self
 
     @field_validator("content", mode="before")
     @classmethod
@@ -305,24 +362,19 @@ class ChatRequest(Sampled):
     """The body of ``POST /v1/chat/completions``."""
 
     unsupported = {
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
-        "parallel_tool_calls": (True, False),  # says how tools are called, and there are none
         "functions": ([],),
         "function_call": ("none", "auto"),
         "modalities": (["text"],),
         "audio": (),
         "prediction": (),
         "moderation": (),
-        "reasoning_effort": (),
-        "verbosity": (),
+        "verbosity": ("medium",),
         "web_search_options": (),
-        "prompt_cache_key": (),
         "prompt_cache_options": (),
-        "prompt_cache_retention": (),
-        "service_tier": ("auto", "default"),
+        "prompt_cache_retention": ("in_memory", "in-memory"),
         "store": (False,),
     }
+    instead = {"functions": "'tools'", "function_call": "'tool_choice'"}
 
     messages: Annotated[list[Message], Field(min_length=1), FailFast()]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -330,6 +382,54 @@ class ChatRequest(Sampled):
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    """A label; what begins alike is found in the prefix cache without it."""
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS), FailFast()] = []
+    tool_choice: Annotated[Choice | None, WithJsonSchema(CHOICE_SCHEMA)] = None
+    """none, auto (which it is when it is left out), required, or one function by name."""
+    parallel_tool_calls: bool = True
+    """False: only the first call of an answer is told."""
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    """Told to a chat template that knows the word; any other model takes its neutral value, medium, alone."""
+    service_tier: Literal["auto", "default", "flex", "priority", "scale"] | None = None
+    """What the key may not ask for is served as ``default``; the answer says which was used."""
+    continue_final_message: bool = False
+    """Continue the last message, of an assistant, instead of answering it."""
+    add_generation_prompt: bool | None = None
+    """False: the assistant's turn is not begun. Left out: it is, unless the last message is continued."""
+    chat_template_kwargs: Annotated[dict[str, bool | int | float | str], Field(max_length=MAX_PAIRS)] = {}
+    """Variables of the chat template, such as enable_thinking: up to 16 booleans, numbers and strings."""
+
+    @field_validator("tool_choice", mode="before")
+    @classmethod
+    def _choice(cls, value: Any) -> Choice:
+        choice = choice_of(value)
+        if choice is None:
+            raise refuse("wrong_tool_choice", f"must be one of {', '.join(MODES)}, or {NAMED}")
+        return choice
+
+    @model_validator(mode="after")
+    def _turns_agree(self) -> ChatRequest:
+        choice, names = self.tool_choice or Choice(), [tool.function.name for tool in self.tools]
+        if choice.must_call and not self.tools:
+            raise refuse("wrong_tool_choice", "asks for a call, and there are no tools", "tool_choice")
+        if len(set(names)) < len(names):
+            raise refuse("wrong_tools", "must not name two functions alike", "tools")
+        if choice.name and choice.name not in names:
+            raise refuse("wrong_tool_choice", f"names none of the functions: {', '.join(names)[:500]}", "tool_choice")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise refuse("wrong_field", "cannot be true with continue_final_message", "add_generation_prompt")
+        if self.continue_final_message and (self.messages[-1].role != "assistant" or self.messages[-1].tool_calls):
+            raise refuse("wrong_field", "needs a last message with text of the assistant", "continue_final_message")
+        return self
+
+    @property
+    def toolbox(self) -> Toolbox | None:
+        """What the model may call; None: nothing."""
+        choice = self.tool_choice or Choice()
+        if not self.tools or choice.mode == "none":
+            return None
+        return Toolbox(tuple(self.tools), choice, self.parallel_tool_calls)
 
     @model_validator(mode="after")
     def _fields_agree(self) -> ChatRequest:

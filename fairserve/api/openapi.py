@@ -16,7 +16,17 @@ from fairserve import __version__
 from fairserve.api.admin import ErrorBody
 from fairserve.api.batches.bodies import BatchRequest, ExpiresAfter
 from fairserve.api.embeddings import EmbeddingRequest
-from fairserve.api.openai_schema import Body, ChatRequest, CompletionRequest, Message, StreamOptions
+from fairserve.api.openai_schema import (
+    Body,
+    CalledFunction,
+    ChatRequest,
+    CompletionRequest,
+    Function,
+    Message,
+    StreamOptions,
+    Tool,
+    ToolCall,
+)
 from fairserve.api.tokenizing import DetokenizeRequest, TokenizeRequest
 
 REF = "#/components/schemas/{model}"
@@ -24,18 +34,22 @@ DESCRIPTION = """OpenAI's chat, completions and embeddings, fair among clients. 
 OpenAI's that are not supported are accepted at the values that ask for nothing."""
 BODIES: tuple[type[Body], ...] = (
     BatchRequest,
+    CalledFunction,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     EmbeddingRequest,
     ExpiresAfter,
+    Function,
     Message,
     StreamOptions,
     TokenizeRequest,
+    Tool,
+    ToolCall,
 )
 KEY = "apiKey"
 Json = dict[str, Any]
-Finish = Literal["stop", "length", "abort"] | None
+Finish = Literal["stop", "length", "abort", "tool_calls"] | None
 
 
 class Answered(BaseModel):
@@ -50,9 +64,21 @@ class Usage(Answered):
     total_tokens: int
 
 
+class FunctionMade(Answered):
+    name: str
+    arguments: str
+
+
+class CallMade(Answered):
+    id: str
+    type: Literal["function"]
+    function: FunctionMade
+
+
 class ChatMessage(Answered):
     role: Literal["assistant"]
-    content: str
+    content: str | None
+    tool_calls: list[CallMade] = []
 
 
 class ChatChoice(Answered):

@@ -234,8 +234,8 @@ def only_one(asked: Mapping[str, Grammar]) -> None:
         raise _refuse("wrong_format", f"cannot be given together with {first}: give one of them", second)
 
 
-async def check(body: Ruled, num_tokens: int) -> None:
-    """Whether it can be done; ``num_tokens``: the size of the vocabulary.
+async def check(body: Ruled, num_tokens: int, forced: Mapping[str, Grammar]) -> None:
+    """Whether it can be done; ``num_tokens``: the size of the vocabulary; ``forced``: more grammars, by field.
 
     Raises:
         InvalidRequest: a token id is unknown, or the grammar does not compile.
@@ -245,7 +245,7 @@ async def check(body: Ruled, num_tokens: int) -> None:
         if token_ids and max(token_ids) >= num_tokens:
             detail = f"{field}: token ids must be below {num_tokens}, the size of the vocabulary, not {max(token_ids)}"
             raise InvalidRequest(detail[:200], param=field)
-    for field, grammar in body.grammars.items():
+    for field, grammar in {**body.grammars, **forced}.items():
         try:
             if not grammars.is_checked(grammar):
                 await asyncio.get_running_loop().run_in_executor(_COMPILING, grammars.check, grammar)

@@ -8,8 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
-import jinja2
-
+from fairserve.api.conversation import PLAIN, Conversations, Rendering
 from fairserve.api.openai_schema import Message, Prompt
 from fairserve.api.output_rules import Words, bad_words
 from fairserve.errors import InvalidRequest
@@ -34,7 +33,7 @@ class TextTokenizer(Protocol):
     def convert_ids_to_tokens(self, ids: int) -> str: ...
 
     def apply_chat_template(
-        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
+        self, conversation: list[dict[str, Any]], *, tokenize: bool, add_generation_prompt: bool, **more: Any
     ) -> Any: ...
 
 
@@ -43,11 +42,12 @@ class Prompts:
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self._tokenizer = tokenizer
+        self.conversations = Conversations(tokenizer)
         self.num_tokens = len(tokenizer)
         self.token_text = functools.lru_cache(maxsize=65_536)(functools.partial(token_text, tokenizer))
 
     async def of_chat(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, add_special_tokens: bool = False
+        self, messages: Sequence[Message], how: Rendering = PLAIN, *, add_special_tokens: bool = False
     ) -> tuple[int, ...]:
         """Token ids of a conversation, ready for the assistant's turn. Its template writes the special tokens itself.
 
@@ -57,8 +57,8 @@ class Prompts:
         if not self._tokenizer.chat_template:
             detail = "this model has no chat template, so it cannot chat: use /v1/completions"
             raise InvalidRequest(detail, param="messages", code="no_chat_template")
-        num_chars = sum(len(message.content) + 32 for message in messages)
-        encode = functools.partial(self._render_and_encode, add_generation_prompt, add_special_tokens)
+        num_chars = how.num_chars + sum(len(message.content or "") + 32 for message in messages)
+        encode = functools.partial(self._render_and_encode, how, add_special_tokens)
         return await _run(encode, messages, num_chars)
 
     async def of_prompts(self, prompts: Sequence[Prompt], param: str = "prompt") -> list[tuple[int, ...]]:
@@ -108,22 +108,9 @@ class Prompts:
         return [tuple(self._tokenizer.encode(one)) if isinstance(one, str) else one for one in prompts]
 
     def _render_and_encode(
-        self, add_generation_prompt: bool, add_special_tokens: bool, messages: Sequence[Message]
+        self, how: Rendering, add_special_tokens: bool, messages: Sequence[Message]
     ) -> tuple[int, ...]:
-        knows_developer = "developer" in str(self._tokenizer.chat_template)
-        conversation = []
-        for message in messages:
-            turn = message.model_dump(exclude_none=True)
-            if message.role == "developer" and not knows_developer:
-                turn["role"] = "system"  # OpenAI's newer name of the same role
-            conversation.append(turn)
-        try:
-            text = self._tokenizer.apply_chat_template(
-                conversation, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except jinja2.TemplateError as error:
-            detail = f"messages: this model's chat template refuses them: {str(error)[:200]}"
-            raise InvalidRequest(detail, param="messages", code="chat_template") from None
+        text = self.conversations.render(messages, how)
         return tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
 

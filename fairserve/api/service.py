@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from fairserve.api import output_rules
 from fairserve.api.answers import Answer, ChatAnswer, CompletionAnswer, Job
+from fairserve.api.chats import Chats, fingerprint_of
 from fairserve.api.echo import EchoAnswer
 from fairserve.api.embeddings import EmbeddingAnswer, EmbeddingRequest
 from fairserve.api.identity import OPEN_WARNING, Client, Headers, Identities
@@ -23,6 +24,7 @@ from fairserve.api.openai_schema import ChatRequest, CompletionRequest
 from fairserve.api.prompts import Prompts, TextTokenizer
 from fairserve.api.request_metrics import RequestMeter, RequestMetrics
 from fairserve.api.tokenizing import DetokenizeRequest, TokenizeRequest, detokenized, tokenized
+from fairserve.api.tool_answers import ToolAnswer
 from fairserve.clock import Clock, SystemClock
 from fairserve.cluster.metrics_sink import NO_METRICS, MetricsSink
 from fairserve.cluster.tracing import NO_TRACING, REQUEST, Tracer
@@ -105,6 +107,7 @@ class OpenAIService:
         """Who has a key of the deployment."""
         self._backend = backend
         self._prompts = Prompts(tokenizer)
+        self._chats = Chats(args, tokenizer, self._prompts.conversations)
         self._max_model_len = max_model_len
         self._unix_time_s = unix_time_s
         self._timeout = timeout
@@ -112,6 +115,7 @@ class OpenAIService:
         self.clock = clock or SystemClock()
         self._metrics = RequestMetrics(metrics, args.metrics.top_clients, self.clock)
         self._started_s = int(unix_time_s())
+        self._fingerprint = fingerprint_of(args)
 
     @property
     def is_open(self) -> bool:
@@ -187,13 +191,16 @@ class OpenAIService:
         if isinstance(body, EmbeddingRequest) and self._pooling is None:
             detail = "this service makes no embeddings: its setting engine.pooling is off (mean and last make them)"
             raise InvalidRequest(detail, code="embeddings_off")
-        await output_rules.check(body, self._prompts.num_tokens)
+        await output_rules.check(body, self._prompts.num_tokens, self._chats.forced(body))
         if isinstance(body, ChatRequest):
             self._check_choices(1, body.n)
-            prompts: Sequence[tuple[int, ...]] = [await self._prompts.of_chat(body.messages)]
+            how = self._chats.rendering(body)
+            prompts: Sequence[tuple[int, ...]] = [await self._prompts.of_chat(body.messages, how)]
+            client, tier = client.at_tier(body.service_tier, self._limits.service_tiers)
         else:
             self._check_choices(len(body.prompt), body.n, "input" if isinstance(body, EmbeddingRequest) else "n")
             prompts = await self._prompts.of_prompts(body.prompt, PARAMS[type(body)])
+            tier = ""
         _check_scores(body, sum(map(len, prompts)))
         response_id = f"{ID_PREFIXES[type(body)]}-{secrets.token_hex(16)}"
         return Job(
@@ -205,15 +212,23 @@ class OpenAIService:
             stream=body.stream,
             include_usage=body.include_usage,
             prompt_logprobs=body.prompt_logprobs,
+            fingerprint=self._fingerprint,
+            service_tier=tier if isinstance(body, ChatRequest) and body.service_tier else None,
         )
 
     async def answer(self, body: Generation, job: Job) -> Answer:
         token_text = self._prompts.token_text
-        if isinstance(body, EmbeddingRequest):
-            return EmbeddingAnswer(job, token_text, body.encoding_format)
-        if isinstance(body, CompletionRequest) and body.echo:
-            return EchoAnswer(job, token_text, await self._prompts.texts(body.prompt))
-        return (ChatAnswer if isinstance(body, ChatRequest) else CompletionAnswer)(job, token_text)
+        match body:
+            case EmbeddingRequest():
+                return EmbeddingAnswer(job, token_text, body.encoding_format)
+            case CompletionRequest():
+                if body.echo:
+                    return EchoAnswer(job, token_text, await self._prompts.texts(body.prompt))
+                return CompletionAnswer(job, token_text)
+            case ChatRequest():
+                if (toolbox := body.toolbox) is not None:
+                    return ToolAnswer(job, token_text, self._chats.parsers(toolbox))
+                return ChatAnswer(job, token_text)
 
     def generate(self, job: Job) -> AsyncGenerator[Batch, None]:
         """Run all sequences of a job at once. Close it (``aclosing``): that cancels what still runs."""
@@ -259,7 +274,9 @@ class OpenAIService:
                     request_id=f"{response_id}-{len(requests)}",
                     client=client.name,
                     prompt_token_ids=prompt,
-                    sampling=replace(body.sampling(max_tokens, choice), bad_words=bad_words),
+                    sampling=self._chats.sampling(
+                        body, replace(body.sampling(max_tokens, choice), bad_words=bad_words)
+                    ),
                     weight=client.weight,
                     max_waiting=client.max_waiting,
                     application=labels.application,

@@ -58,7 +58,11 @@ class Events:
 
     def of(self, index: int, output: RequestOutput) -> bytes:
         """Of one choice; empty when there is nothing to say."""
-        is_plain = not output.logprobs and output.finish_reason is None
+        if output.finish_reason is not None and output.text and not self._answer.has_plain_text:
+            # As at OpenAI, calls never come with their finish reason: the openai package would not end the last one.
+            made, ending = replace(output, finish_reason=None), replace(output, text="", token_ids=(), logprobs=())
+            return self.of(index, made) + self.of(index, ending)
+        is_plain = self._answer.has_plain_text and not output.logprobs and output.finish_reason is None
         if is_plain and (frame := self._frames.get(index)) is not None:
             return f"{frame[0]}{_to_json(output.text)}{frame[1]}".encode() if output.text else b""
         chunk = self._answer.chunk(index, output)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import FailFast, Field, model_validator
 
 from fairserve.api.answers import Json
+from fairserve.api.conversation import Rendering
 from fairserve.api.openai_schema import Body, Message, refuse
 from fairserve.api.prompts import Prompts
 
@@ -59,7 +60,7 @@ async def tokenized(body: TokenizeRequest, prompts: Prompts, max_model_len: int)
     else:
         rendered = await prompts.of_chat(
             body.messages,
-            add_generation_prompt=body.add_generation_prompt,
+            Rendering(adds_prompt=body.add_generation_prompt),
             add_special_tokens=body.add_special_tokens is True,
         )
         tokens = list(rendered)

@@ -42,13 +42,20 @@ ServiceMaker = Callable[..., OpenAIService]
 
 @pytest.fixture
 def make_service(backend: ScriptedBackend, tokenizer: Any) -> ServiceMaker:
-    def make(*, tokenizer: Any = tokenizer, environ: Any = None, timeout: Any = asyncio.timeout, **api: Any) -> Any:
+    def make(
+        *,
+        tokenizer: Any = tokenizer,
+        environ: Any = None,
+        timeout: Any = asyncio.timeout,
+        context: int = CONTEXT,
+        **api: Any,
+    ) -> Any:
         args = FairServeArgs(served_model_name=MODEL, api=ApiConfig(**api))
         return OpenAIService(
             args,
             backend,
             tokenizer,
-            CONTEXT,
+            context,
             environ=environ or {},
             unix_time_s=lambda: 1_700_000_000.5,
             timeout=timeout,

@@ -277,7 +277,7 @@ async def test_the_openai_routes_are_described_apart_and_for_everybody(house: Ho
     }
     fields = description["components"]["schemas"]["ChatRequest"]["properties"]
     assert fields["temperature"]["anyOf"][1] == {"type": "null"}, "null means left out"
-    assert fields["tools"] == {"enum": [[], None]}, "not supported: it may ask for nothing"
+    assert fields["functions"] == {"enum": [[], None]}, "not supported: it may ask for nothing"
 
 
 async def test_a_query_parameter_that_nobody_knows_is_refused_with_the_nearest(house: House) -> None:

@@ -176,11 +176,9 @@ async def test_an_endless_field_name_does_not_come_back_whole(http: httpx.AsyncC
 
 UNSUPPORTED: list[tuple[str, Any, Any]] = [
     ("tools", [], [{"type": "function", "function": {"name": "f"}}]),
-    ("tool_choice", "none", "required"),
     ("functions", [], [{"name": "f"}]),
     ("modalities", ["text"], ["text", "audio"]),
     ("store", False, True),
-    ("service_tier", "auto", "flex"),
     ("reasoning_effort", None, "high"),
     ("audio", None, {"voice": "alloy"}),
 ]
@@ -199,7 +197,6 @@ async def test_what_is_not_supported_yet_is_refused_unless_it_asks_for_nothing(
 
 
 @pytest.mark.parametrize(
-    ("field", "neutral", "asking"), [("echo", False, True), ("suffix", "", "."), ("best_of", 1, 3)]
 )
 async def test_completions_refuse_what_they_cannot_do(
     http: httpx.AsyncClient, backend: ScriptedBackend, field: str, neutral: Any, asking: Any
