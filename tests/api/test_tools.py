@@ -12,13 +12,12 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from fairserve.engine.request import GenerateRequest, SamplingParams
+from fairserve.engine.request import GenerateRequest
 from tests.api import tool_kit
 from tests.api.conftest import MODEL, ServiceMaker, app_of, http_of
 from tests.api.scripted import ScriptedBackend, byte_tokenizer, output, words
 from tests.api.tool_kit import CALL, TIME, TOOLS, WEATHER
 
-CAN_BE_FORCED = "grammar" in SamplingParams.__dataclass_fields__
 ASK: list[Any] = [{"role": "user", "content": "Oslo?"}]
 CHAT = "/v1/chat/completions"
 GOOD = {"model": MODEL, "messages": ASK, "tools": TOOLS}
@@ -299,18 +298,10 @@ async def test_a_template_that_fails_on_a_tool_is_the_callers_error(make_service
 FORCED = ["required", {"type": "function", "function": {"name": "time"}}]
 
 
-@pytest.mark.skipif(CAN_BE_FORCED, reason="the engine can be held to a grammar")
-@pytest.mark.parametrize("choice", FORCED)
-async def test_a_call_cannot_be_forced_without_a_grammar(http: httpx.AsyncClient, choice: Any) -> None:
-    error = await refused(http, GOOD | {"tool_choice": choice})
-    assert (error["param"], error["code"]) == ("tool_choice", "unsupported_field")
-
-
-@pytest.mark.skipif(not CAN_BE_FORCED, reason="the engine cannot be held to a grammar")
 @pytest.mark.parametrize("choice", FORCED)
 async def test_a_forced_call_comes_with_its_grammar(
     http: httpx.AsyncClient, backend: ScriptedBackend, choice: Any
 ) -> None:
     assert (await http.post(CHAT, json=GOOD | {"tool_choice": choice})).status_code == 200
-    grammar: Any = backend.requests[0].sampling.grammar  # type: ignore[attr-defined, unused-ignore]
+    grammar: Any = backend.requests[0].sampling.grammar
     assert (grammar.kind, '"time"' in grammar.text) == ("lark", True)
