@@ -151,11 +151,11 @@ class Tool(Body):
 
 
 class CalledFunction(Body):
-    unsupported = {"parsed_arguments": ()}
-
     name: Annotated[str, Field(min_length=1, max_length=256)]
     arguments: str
     """JSON, as text."""
+    parsed_arguments: Annotated[Any, Field(exclude=True)] = None
+    """As ``parsed`` of a message."""
 
 
 class ToolCall(Body):
@@ -174,7 +174,6 @@ class Message(Body):
         "refusal": (),
         "audio": (),
         "annotations": ([],),
-        "parsed": (),  # the openai package's own addition to answers
     }
     instead = {"function_call": "'tool_calls'"}
 
@@ -186,6 +185,10 @@ class Message(Body):
     """Of an assistant."""
     tool_call_id: str | None = None
     """Which call the message of a tool answers."""
+    parsed: Annotated[Any, Field(exclude=True)] = None
+    """The openai package adds it to an answer that it has parsed, and sends it back. Not used."""
+    provider_specific_fields: Annotated[Any, Field(exclude=True)] = None
+    """The same of litellm."""
 
     @model_validator(mode="after")
     def _says_something(self) -> Message:

@@ -128,6 +128,18 @@ async def test_arguments_of_a_former_call_that_are_no_json_are_shown_as_they_are
     assert '"arguments": "{\\"a\\": "' in prompt_of(backend)
 
 
+async def test_what_client_packages_add_to_an_answer_and_send_back_is_not_told(
+    http: httpx.AsyncClient, backend: ScriptedBackend
+) -> None:
+    function = {"name": "time", "arguments": "{}", "parsed_arguments": {"secret": 1}}
+    added = {"parsed": {"secret": 2}, "provider_specific_fields": {"secret": 3}}
+    turn = {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": function}]} | added
+    messages = [*ASK, turn, {"role": "tool", "tool_call_id": "1", "content": "noon"}]
+    assert (await http.post(CHAT, json=GOOD | {"messages": messages})).status_code == 200
+    assert "secret" not in prompt_of(backend)
+    assert "noon" in prompt_of(backend)
+
+
 # ------------------------------------------------------------------------------------------------------ streams
 
 
