@@ -21,7 +21,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	  { echo "fairserve needs Python 3.11 or later: install it, or say make PYTHON=/path/to/python"; exit 1; }
 	@test -x $(BIN)/pip || { echo "making $(VENV)"; "$(PYTHON)" -m venv $(VENV); }
 	@echo "installing the pinned dependencies (a few minutes the first time)"
-	@$(BIN)/python -m pip install --quiet --quiet --editable '.[dev,bench]' --constraint constraints.txt
+	@$(BIN)/python -m pip install --quiet --quiet --editable '.[dev,bench,clients]' --constraint constraints.txt
 	@touch $@
 
 $(VENV)/.model: fairserve/engine/embedded.py $(VENV)/.installed

@@ -25,7 +25,7 @@ from fairserve.cluster.metrics_sink import RecordedMetrics
 from fairserve.config import FairServeArgs
 from fairserve.observe import dashboard
 from tests.api.fake_counter import FakeTransport
-from tests.api.scripted import ScriptedBackend, byte_tokenizer, words
+from tests.api.scripted import CHAT_TEMPLATE, ScriptedBackend, byte_tokenizer, words
 
 API_KEY = "fuzz-client-secret"
 ADMIN_KEY = "fuzz-admin-secret"
@@ -48,7 +48,7 @@ class Server(uvicorn.Server):
 class Served:
     """``url`` of a running application; ``actor`` belongs to its event loop."""
 
-    def __init__(self, store: Path, **api: Any) -> None:
+    def __init__(self, store: Path, *, chat_template: str = CHAT_TEMPLATE, context: int = CONTEXT, **api: Any) -> None:
         self.metrics = RecordedMetrics()
         keys = {
             "keys": [{"client": "ann", "key": API_KEY}],
@@ -66,7 +66,7 @@ class Served:
         self.actor = CounterService(without_keys(args).model_dump_json(), metrics=self.metrics)
         self.backend = ScriptedBackend(words("Hello", " world"))
         self.service = service = OpenAIService(
-            args, self.backend, byte_tokenizer(), CONTEXT, environ={}, metrics=self.metrics
+            args, self.backend, byte_tokenizer(chat_template), context, environ={}, metrics=self.metrics
         )
         query = CounterQuery(FakeTransport(self.actor), PATIENCE_S)  # type: ignore[arg-type]
         self.admin = admin = AdminService.from_config(

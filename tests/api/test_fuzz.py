@@ -20,6 +20,7 @@ from schemathesis.specs.openapi import checks
 
 from fairserve.cluster.live_settings import LIVE_PATHS
 from fairserve.dispatch.controls import Control
+from tests.api import tool_kit
 from tests.api.served import ADMIN_KEY, API_KEY, Served
 
 NUM_EXAMPLES = int(os.environ.get("FAIRSERVE_FUZZ_EXAMPLES", "8"))
@@ -97,7 +98,8 @@ FUZZ = settings(
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with Served(tmp_path_factory.mktemp("fuzz") / "store.sqlite").running() as served:
+    store = tmp_path_factory.mktemp("fuzz") / "store.sqlite"
+    with Served(store, chat_template=tool_kit.HERMES, context=2_000).running() as served:
         yield served
 
 
