@@ -271,6 +271,9 @@ async def test_the_openai_routes_are_described_apart_and_for_everybody(house: Ho
     assert set(description["paths"]) == {
         "/v1/chat/completions",
         "/v1/completions",
+        "/v1/embeddings",
+        "/tokenize",
+        "/detokenize",
         "/v1/models",
         "/v1/models/{name}",
         "/health",

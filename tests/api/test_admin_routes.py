@@ -20,7 +20,15 @@ from tests.api.admin_kit import ADMIN, House, error_of, keyed
 METHODS = ("GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE", "TRACE", "CONNECT", "FOO")
 OPEN_TO_ALL = {"/openapi.json", "/health", "/dashboard", "/dashboard/", "/dashboard/static/{version}/{name}"}
 """Health, our own description, and the dashboard's files: all the same for everybody. Its data come from /admin/v1."""
-ASK_FOR_A_KEY = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/{name:path}"}
+ASK_FOR_A_KEY = {
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/embeddings",
+    "/tokenize",
+    "/detokenize",
+    "/v1/models",
+    "/v1/models/{name:path}",
+}
 STRANGERS = (None, "alice-secret", "a guess", ADMIN[:-1], f"{ADMIN}x", ADMIN.upper())
 
 

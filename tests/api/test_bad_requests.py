@@ -196,7 +196,7 @@ async def test_what_is_not_supported_yet_is_refused_unless_it_asks_for_nothing(
     backend.finished.clear()
 
 
-@pytest.mark.parametrize
+@pytest.mark.parametrize(("field", "neutral", "asking"), [("suffix", "", "."), ("best_of", 1, 3)])
 async def test_completions_refuse_what_they_cannot_do(
     http: httpx.AsyncClient, backend: ScriptedBackend, field: str, neutral: Any, asking: Any
 ) -> None:

@@ -1,7 +1,7 @@
 """lm-eval, unmodified, gets the same log-likelihoods and the same score from /v1/completions as from transformers.
 
 It is no part of the development tools: its dependencies contradict the versions that everything else is tested with.
-In an environment of its own: `pip install -e '.[clients]' pytest pytest-asyncio pytest-timeout openai`, then
+In an environment of its own: `pip install -e '.[eval]' pytest pytest-asyncio pytest-timeout openai`, then
 `python -m pytest tests/api/test_lm_eval.py`.
 """
 
