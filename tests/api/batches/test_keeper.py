@@ -38,7 +38,7 @@ async def test_who_is_alive_keeps_its_batch_and_who_is_not_is_followed(make_ingr
     for _ in range(20):  # both look, for longer than a lease
         await one.look(2.0)
         await two.look()
-    assert len(one.backend.requests) == 8, "somebody else has begun with it"
+    assert len(one.backend.requests) == 8 and not two.batches.keeper._runs, "somebody else has begun with it"
     await one.batches.keeper.close()  # as when its process is killed: nothing is said
     await one.backend.until(lambda: len(one.backend.cancelled) == 3)
     gate.set()
