@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from fairserve.cluster.counter_query import typed
 from fairserve.config import ApiConfig, FairServeArgs
 from fairserve.settings import read_settings
 from fairserve.views import NewKey
+from tests.api.batches.conftest import files_below
 from tests.api.served import Served
 from tests.api.test_admin import READS
 
@@ -94,6 +94,8 @@ async def test_a_secret_in_any_header_shows_in_no_answer_log_metric_event_or_fil
                     await ask("PATCH", "/admin/v1/clients/bob", content=content, headers=typed_headers)
                 for method, path in (
                     ("GET", "/v1/models"),
+                    ("GET", "/v1/files"),
+                    ("GET", "/v1/batches/nothing"),
                     ("GET", "/nothing"),
                     ("DELETE", "/v1/models"),
                     ("GET", "/dashboard"),
@@ -137,7 +139,7 @@ async def test_a_secret_in_any_header_shows_in_no_answer_log_metric_event_or_fil
     actor = [await served.actor.events(0, 1000), await served.actor.audit(), await served.actor.keys()]
     actor += [await served.actor.key_directory(-1), await served.actor.status(), served.actor.dispatcher.dump()]
     objects = [vars(one) for one in (served.service, served.admin, served.service._identities, served.admin.admins)]
-    files = [(tmp_path / name).read_bytes().decode("latin-1") for name in os.listdir(tmp_path)]
+    files = [path.read_bytes().decode("latin-1") for path in files_below(tmp_path)]
     assert any("bob" in one for one in files), "the live key is kept"
     everything = [*seen, log(), *map(repr, [*metrics, *actor, *objects]), *files]
     no_canary(*everything)
