@@ -81,6 +81,11 @@ class RayTransport:
         reply: ReportReply = await self._call("report", report)
         return reply
 
+    async def reports(self, reports: tuple[StepReport, ...]) -> tuple[ReportReply, ...]:
+        """Those of several replicas in one call."""
+        replies: tuple[ReportReply, ...] = await self._call("reports", reports)
+        return replies
+
     async def call(self, method: str, **arguments: Any) -> Any:
         """The answer of any method of the actor."""
         return await self._call(method, **arguments)

@@ -137,6 +137,13 @@ class CounterService:
             reply = replace(reply, fairness=self._authority.args.fairness.model_dump_json())
         return reply
 
+    async def reports(self, reports: tuple[StepReport, ...]) -> tuple[ReportReply, ...]:
+        """Those of several replicas; the reply to each."""
+        now_s, saved_of = self._now_s(), self._upkeep.saved_of
+        replies = tuple([self.dispatcher.report(report, now_s, saved_of(report)) for report in reports])
+        self._wake_routers()
+        return replies
+
     # -- for people ---------------------------------------------------------------------------------------------------
 
     async def status(self) -> dict[str, Any]:

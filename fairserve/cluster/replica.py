@@ -18,6 +18,7 @@ from fairserve.cluster.counter_actor import start_counter_actor, without_keys
 from fairserve.cluster.counter_client import RETRY_S, CounterLink, CounterTransport, RayTransport, for_ever
 from fairserve.cluster.metrics_sink import NO_METRICS, MetricsSink, deployment_metrics
 from fairserve.cluster.multiplex import Message, Outlet, Own, Trunks
+from fairserve.cluster.node_reports import way_of_reports
 from fairserve.cluster.outputs import OutputStream
 from fairserve.cluster.replica_metrics import ReplicaMetrics, replica_meter
 from fairserve.cluster.tracing import NO_TRACING, PhaseSpans, Tracer, make_tracing
@@ -365,7 +366,7 @@ class ModelReplica:
             clock=clock,
         )
         name = serve.get_replica_context().replica_id.unique_id
-        transport = RayTransport(lambda: start_counter_actor(args), actor)
+        transport = way_of_reports(args, RayTransport(lambda: start_counter_actor(args), actor), clock)
         metrics = deployment_metrics(args.metrics, args.counter.name)
         tracer = make_tracing(args.tracing)
         self._core = ReplicaCore(name, engine.limits, book, transport, args, clock, metrics, tracer)

@@ -39,7 +39,7 @@ async def stage(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(simulated_node, "NUM_OUTPUT", (1, 4))
     service = MeteredService(ARGS.model_dump_json())
 
-    def wire(args: FairServeArgs) -> CounterTransport:
+    def wire(args: FairServeArgs, node: str) -> CounterTransport:
         return Wire(service)
 
     nodes = {name: Node(name, ARGS.model_dump_json(), 2, wire) for name in ("a", "b")}
@@ -97,20 +97,39 @@ def test_a_paced_engine_fills_its_slots_and_ends_requests_when_they_are_long_eno
 
 
 def test_a_grant_is_charged_what_its_window_took_beyond_its_reports() -> None:
-    steps = [Window(2.0, 0.5, 0.2, 500, 0, [0.001, 0.003]), Window(2.0, 1.0, 0.2, 500, 0, [0.002])]
-    grants = [Window(2.0, 1.0, 0.2, 400, 100, [])]
-    made = row(PER_NODE, steps, grants, [(0.001, 0.002), (0.003, 0.004)], 0.5)
+    steps = [Window(2.0, 0.5, 0.2, 500, 250, 0, [0.001, 0.003]), Window(2.0, 1.0, 0.2, 500, 250, 0, [0.002])]
+    grants = [Window(2.0, 1.0, 0.2, 400, 400, 100, [])]
+    made = row(PER_NODE, "one", steps, grants, [(0.001, 0.002), (0.003, 0.004)], 0.5)
     assert (made.report_cpu.least, made.report_cpu.median, made.report_cpu.most) == (1.0, 1.5, 2.0)
     assert made.grant_cpu.median == pytest.approx((1_000 - 400 * 1.5) / 100)
     assert (made.cores.least, made.cores.most) == (0.25, 0.5)
+    assert made.reports_per_call.median == 2.0
     assert made.stale_p99.most == 3.0 and made.alone_p50 == 2.0 and made.round_trip_p99 == 3.0
     told = table([made]).splitlines()
-    assert told[1].split()[0] == str(PER_NODE) and "alone among 8 replicas: granted after 2.00 ms" in told[-1]
+    assert told[1].split()[0] == str(PER_NODE) and "alone among 8 replicas, one: granted after 2.00 ms" in told[-1]
 
 
 def test_steps_of_reports_that_the_meter_did_not_see_are_left_out() -> None:
-    before = {"at_s": 0.0, "cpu_s": 0.0, "handled_s": 0.0, "reports": 0, "grants": 0, "taken": [("a", 1, 1.0)]}
-    after = {"at_s": 2.0, "cpu_s": 1.0, "handled_s": 0.5, "reports": 2, "grants": 1, "taken": [("a", 2, 2.0)]}
+    before = {
+        "at_s": 0.0,
+        "cpu_s": 0.0,
+        "handled_s": 0.0,
+        "reports": 0,
+        "calls": 0,
+        "grants": 0,
+        "node_cpu_s": 0.25,
+        "taken": [("a", 1, 1.0)],
+    }
+    after = {
+        "at_s": 2.0,
+        "cpu_s": 1.0,
+        "handled_s": 0.5,
+        "reports": 2,
+        "calls": 1,
+        "grants": 1,
+        "node_cpu_s": 0.5,
+        "taken": [("a", 2, 2.0)],
+    }
     made = window(before, after, {("a", 1): [0.9], ("a", 2): [1.5, 1.9], ("b", 1): [0.1]})
     assert made.stale_s == pytest.approx([0.5, 0.1])
-    assert (made.seconds, made.reports, made.grants) == (2.0, 2, 1)
+    assert (made.seconds, made.reports, made.grants, made.node_cpu_s) == (2.0, 2, 1, 0.25)
