@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any, Protocol
 
 from pydantic import Field, PlainValidator, WithJsonSchema
@@ -31,9 +30,6 @@ MAX_GBNF_CHARS = 8_192
 """Of a grammar in GBNF, which is translated into Lark here."""
 Json = dict[str, Any]
 Words = tuple[tuple[int, ...], ...]
-
-_COMPILING = ThreadPoolExecutor(1, thread_name_prefix="grammar")
-"""One at a time: who sends many hard grammars delays other grammars, and no other request."""
 
 
 def _refuse(kind: str, message: str, field: str = "") -> PydanticCustomError:
@@ -248,7 +244,7 @@ async def check(body: Ruled, num_tokens: int, forced: Mapping[str, Grammar]) -> 
     for field, grammar in {**body.grammars, **forced}.items():
         try:
             if not grammars.is_checked(grammar):
-                await asyncio.get_running_loop().run_in_executor(_COMPILING, grammars.check, grammar)
+                await asyncio.get_running_loop().run_in_executor(grammars.COMPILING, grammars.check, grammar)
             grammars.check(grammar)
         except InvalidRequest as error:
             raise InvalidRequest(f"{field}: {error}", param=field, code=error.code) from None

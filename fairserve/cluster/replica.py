@@ -25,6 +25,7 @@ from fairserve.cluster.tracing import NO_TRACING, PhaseSpans, Tracer, make_traci
 from fairserve.config import FairnessConfig, FairServeArgs
 from fairserve.dispatch.replica_book import BookEvents, LocalBook, Reporter
 from fairserve.engine.events import Limits, StepEvents
+from fairserve.engine.grammar import COMPILING
 from fairserve.engine.request import GenerateRequest, RequestOutput, Usage, failure
 from fairserve.errors import ReplicaDied, ReplicaFailed
 
@@ -126,8 +127,9 @@ class ReplicaCore:
             InvalidRequest: the engine does not take it.
         """
         request_id = request.request_id
-        if request.sampling.grammar is not None:
-            await asyncio.to_thread(self._engine_loop.prepare, request.sampling.grammar)
+        grammar = request.sampling.grammar
+        if grammar is not None and not (grammars := self._engine_loop.grammars).is_prepared(grammar):
+            await self._loop.run_in_executor(COMPILING, grammars.prepare, grammar)
         if self._is_draining and self.is_healthy:
             yield RequestOutput(request_id, "", (), Usage(0, 0, 0), finish_reason="returned")
             return

@@ -16,6 +16,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -42,6 +43,8 @@ MAX_KEPT = 64
 """Grammars that a process keeps compiled."""
 MAX_MESSAGE_CHARS = 500
 """Of what the library says, in an error."""
+COMPILING = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+"""One at a time in a process: who sends many hard grammars delays other grammars, and nothing else."""
 BUDGETS = LLParserLimits(
     initial_lexer_fuel=500_000,
     step_lexer_fuel=50_000,
@@ -171,37 +174,38 @@ class Grammars:
         self._eos = sorted(eos)
         self._vocab_size = vocab_size
         self._bridges: Kept[str, LLTokenizer] = Kept(self._bridge)
-        self._compiled: Kept[Grammar, LLMatcher] = Kept(self._compile)
+        self._compiled: Kept[Grammar, LLMatcher | str] = Kept(self._compile)
+        """Or why it does not compile."""
 
     def warm(self) -> None:
         """Read the tokenizer, which is done once: half a second for 50,000 tokens, and under Python's lock."""
         if getattr(self._tokenizer, "is_fast", False):
             self._bridges.made("")
 
-    def prepare(self, grammar: Grammar) -> None:
-        """Compile it, on a thread that nobody waits for.
+    def is_prepared(self, grammar: Grammar) -> bool:
+        return self._compiled.get(grammar) is not None
 
-        Raises:
-            InvalidRequest: it does not compile, or this tokenizer allows no grammar.
-        """
+    def prepare(self, grammar: Grammar) -> None:
+        """Compile it, on a thread that nobody waits for; :meth:`matcher` says what became of it."""
         self._compiled.made(grammar)
 
     def matcher(self, grammar: Grammar) -> Matcher:
         """A matcher at the beginning of an output; quick when the grammar is compiled.
 
         Raises:
-            InvalidRequest: as :meth:`prepare`.
+            InvalidRequest: it does not compile, or this tokenizer allows no grammar.
         """
-        return Matcher(self._compiled.made(grammar).deep_copy(), self._bridges.made("").vocab_size)
+        compiled = self._compiled.made(grammar)
+        if isinstance(compiled, str):
+            raise _invalid(compiled)
+        return Matcher(compiled.deep_copy(), self._bridges.made("").vocab_size)
 
-    def _compile(self, grammar: Grammar) -> LLMatcher:
+    def _compile(self, grammar: Grammar) -> LLMatcher | str:
         try:
             compiled = LLMatcher(self._bridges.made(""), source(grammar), log_level=0, limits=BUDGETS)
-        except ValueError as error:
-            raise _invalid(str(error)) from None
-        if compiled.is_error():
-            raise _invalid(compiled.get_error())
-        return compiled
+        except (InvalidRequest, ValueError) as error:
+            return _short(str(error))
+        return _short(compiled.get_error()) if compiled.is_error() else compiled
 
     def _bridge(self, _: str) -> LLTokenizer:
         if not getattr(self._tokenizer, "is_fast", False):

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from fairserve.clock import Clock, SystemClock
 from fairserve.engine.engine import Engine
 from fairserve.engine.events import StepEvents
-from fairserve.engine.request import ErrorCode, GenerateRequest, Grammar
+from fairserve.engine.grammar import Grammars
+from fairserve.engine.request import ErrorCode, GenerateRequest
 from fairserve.errors import FairServeError, ReplicaDied, RequestError
 
 logger = logging.getLogger(__name__)
@@ -55,13 +56,10 @@ class EngineLoop:
     def start(self) -> None:
         self._thread.start()
 
-    def prepare(self, grammar: Grammar) -> None:
-        """Compile a grammar here and now, so that the engine thread need not.
-
-        Raises:
-            InvalidRequest: it cannot be used.
-        """
-        self._engine.grammars.prepare(grammar)
+    @property
+    def grammars(self) -> Grammars:
+        """To compile a grammar in before its request is submitted: else the engine thread does it."""
+        return self._engine.grammars
 
     def submit(self, request: GenerateRequest) -> None:
         """Add a request. One that the engine refuses comes out as an output with finish_reason 'error'."""

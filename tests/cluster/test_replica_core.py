@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -17,7 +18,7 @@ from fairserve.config import FairServeArgs
 from fairserve.dispatch.messages import Totals
 from fairserve.dispatch.replica_book import LocalBook
 from fairserve.engine.events import Limits
-from fairserve.engine.request import GenerateRequest, RequestOutput, Usage
+from fairserve.engine.request import GenerateRequest, Grammar, RequestOutput, SamplingParams, Usage
 from fairserve.errors import ModelFailed, ReplicaDied, ReplicaFailed
 from fairserve.fairness.catalog import make_policy
 from fairserve.fairness.cost import WeightedTokens
@@ -126,6 +127,31 @@ async def test_an_engine_error_is_a_failed_replica_and_aborts_nothing(core: Repl
     with pytest.raises(ReplicaFailed, match="the step failed"):
         await reading
     assert engine.aborted == []
+
+
+async def test_a_grammar_is_compiled_on_another_thread_before_the_engine_has_the_request(
+    core: ReplicaCore, engine: ScriptedLoop
+) -> None:
+    class Grammars:
+        threads: ClassVar[dict[Grammar, str]] = {}
+
+        def is_prepared(self, grammar: Grammar) -> bool:
+            return grammar in self.threads
+
+        def prepare(self, grammar: Grammar) -> None:
+            assert engine.requests == {}
+            self.threads[grammar] = threading.current_thread().name
+
+    engine.grammars = Grammars()  # type: ignore[attr-defined]
+    ruled = replace(request(), sampling=SamplingParams(grammar=Grammar("regex", "a")))
+    for name in ("r1", "r2"):
+        stream = core.generate(replace(ruled, request_id=name))
+        reading = asyncio.ensure_future(anext(stream))
+        await until(lambda name=name: name in core._streams)  # type: ignore[misc]
+        engine.step(engine.output(name, "stop", tokens=1))
+        assert (await reading).token_ids == (7,)
+        assert [output async for output in stream] == []
+    assert list(Grammars.threads.values()) == ["grammar_0"]
 
 
 async def test_a_request_that_the_model_fails_on_is_not_the_replicas_failure(

@@ -375,8 +375,10 @@ def test_what_is_no_grammar_is_told_with_the_reason(grammar: Grammar, said: str)
 )
 def test_hostile_text_compiles_or_is_refused_within_its_budget(grammars: Grammars, grammar: Grammar) -> None:
     assert len(grammar.text) <= MAX_CHARS[grammar.kind]
+    grammars.prepare(grammar)
+    assert grammars.is_prepared(grammar)
     try:
-        grammars.prepare(grammar)
+        allowed_tokens([grammars.matcher(grammar)], VOCABULARY)
     except InvalidRequest as error:
         assert len(str(error)) < 600  # noqa: PT017 (either is right)
 
@@ -404,6 +406,15 @@ def test_a_grammar_is_compiled_once_however_many_threads_ask() -> None:
     assert (made, answers) == (["a"], ["A"] * 4)
     kept.made("b"), kept.made("a"), kept.made("c")
     assert (kept.get("b"), kept.get("a"), kept.get("c")) == (None, "A", "C"), "the longest unused has gone"
+
+
+def test_a_grammar_that_does_not_compile_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    grammars = Grammars(TOKENIZER, {EOS}, VOCABULARY)
+    grammars.prepare(Grammar("regex", "("))
+    monkeypatch.setattr(grammar_module, "source", lambda _: pytest.fail("compiled again"))
+    for _ in range(2):
+        with pytest.raises(InvalidRequest, match="unclosed group"):
+            grammars.matcher(Grammar("regex", "("))
 
 
 def test_what_cannot_be_made_is_tried_again() -> None:
