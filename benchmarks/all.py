@@ -190,7 +190,8 @@ FIGURES = (
     ),
     _module(
         "grammar",
-        "what a JSON Schema costs a decode step and the choice of its tokens, greedy and sampled, at 1, 8 and 32 requests",
+        "what a JSON Schema costs a decode step and the choice of its tokens, greedy and sampled, at 1, 8 and 32 "
+        "requests",
         4,
     ),
     _module("quality", "what weights of 8 bits cost: perplexity of a fixed text, tokens that stay the same", 4),

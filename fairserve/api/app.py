@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -19,6 +20,8 @@ from fairserve.api.embeddings import EmbeddingRequest
 from fairserve.api.http_errors import install, request_id_of
 from fairserve.api.labels import labels_of
 from fairserve.api.openai_schema import ChatRequest, CompletionRequest, parse
+from fairserve.api.responses import ResponsesAnswer
+from fairserve.api.responses_schema import ResponsesRequest, in_our_words
 from fairserve.api.service import Generation, OpenAIService
 from fairserve.api.tokenizing import DetokenizeRequest, TokenizeRequest
 
@@ -80,6 +83,14 @@ def create_app(
         body = parse(DetokenizeRequest, await read_json(request, service.max_body_bytes, service.read_timeout_s))
         return JSONResponse(await service.detokenize(body))
 
+    @app.post(
+        "/v1/responses",
+        openapi_extra=openapi.takes(ResponsesRequest),
+        responses=openapi.answered(openapi.Responses, is_generation=True),
+    )
+    async def responses(request: Request) -> Response:
+        return await _generate(service_provider(), request, ResponsesRequest)
+
     @app.get("/v1/models", responses=openapi.answered(openapi.ModelList))
     async def models(request: Request) -> Response:
         service = service_provider()
@@ -105,30 +116,27 @@ def create_app(
     return app
 
 
-async def _generate(service: OpenAIService, request: Request, kind: type[Generation]) -> Response:
+async def _generate(
+    service: OpenAIService, request: Request, kind: type[Generation] | type[ResponsesRequest]
+) -> Response:
     client = service.identify(request.headers)  # before the body: strangers get no parsing
     body = parse(kind, await read_json(request, service.max_body_bytes, service.read_timeout_s))
+    asked = body.as_chat() if isinstance(body, ResponsesRequest) else body
     client = client.of_user(body.user)
     labels = labels_of(request.headers, body.metadata or {}, client)
 
     async def respond(scope: Scope, receive: Receive, send: Send) -> None:
         headers = AnswerHeaders(service.clock)
         meter = service.meter(client, request.headers.get("traceparent", ""))
-        job = await service.job(body, client, labels, meter.span.traceparent)
+        with in_our_words() if isinstance(body, ResponsesRequest) else nullcontext():
+            job = await service.job(asked, client, labels, meter.span.traceparent)
         answer, batches = await service.answer(body, job), meter.outputs(service.generate(job))
         deadline = meter.watching(service.deadline())
         if not body.stream:
             response = await streaming.whole(answer, batches, deadline, headers)
             await response(scope, receive, send)
             return
-        await streaming.stream(
-            answer,
-            batches,
-            deadline,
-            headers,
-            include_usage=body.include_usage,
-            request_id=request_id_of(request),
-            send=send,
-        )
+        events = answer if isinstance(answer, ResponsesAnswer) else streaming.Events(answer, job.include_usage)
+        await streaming.stream(events, batches, deadline, headers, request_id=request_id_of(request), send=send)
 
     return streaming.WatchedResponse(respond)

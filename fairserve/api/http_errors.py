@@ -159,7 +159,7 @@ def _whole_seconds(wait_s: float, most_s: float) -> int:
 
 def _of_route(error: HTTPException) -> Problem:
     code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code)
-    message = {404: "no such route; see /v1/models, /v1/chat/completions, /v1/completions, /health"}.get(
+    message = {404: "no such route; see /v1/models, /v1/chat/completions, /v1/completions, /v1/responses, /health"}.get(
         error.status_code, HTTPStatus(error.status_code).phrase
     )
     return Problem(error.status_code, message, "invalid_request_error", None, code, dict(error.headers or {}))

@@ -27,11 +27,12 @@ from fairserve.api.openai_schema import (
     Tool,
     ToolCall,
 )
+from fairserve.api.responses_schema import ResponsesRequest, TextOptions
 from fairserve.api.tokenizing import DetokenizeRequest, TokenizeRequest
 
 REF = "#/components/schemas/{model}"
-DESCRIPTION = """OpenAI's chat, completions and embeddings, fair among clients. Unknown fields are refused; fields of
-OpenAI's that are not supported are accepted at the values that ask for nothing."""
+DESCRIPTION = """OpenAI's chat, responses, completions and embeddings, fair among clients. Unknown fields are refused;
+fields of OpenAI's that are not supported are accepted at the values that ask for nothing."""
 BODIES: tuple[type[Body], ...] = (
     BatchRequest,
     CalledFunction,
@@ -42,7 +43,9 @@ BODIES: tuple[type[Body], ...] = (
     ExpiresAfter,
     Function,
     Message,
+    ResponsesRequest,
     StreamOptions,
+    TextOptions,
     TokenizeRequest,
     Tool,
     ToolCall,
@@ -138,6 +141,16 @@ class Tokenized(Answered):
 
 class Detokenized(Answered):
     prompt: str
+
+
+class Responses(Answered):
+    id: str
+    object: Literal["response"]
+    created_at: int
+    model: str
+    status: Literal["completed", "incomplete"]
+    output: list[Answered]
+    usage: Answered
 
 
 class Model(Answered):

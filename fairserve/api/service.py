@@ -23,6 +23,8 @@ from fairserve.api.merging import Batch, merged
 from fairserve.api.openai_schema import ChatRequest, CompletionRequest
 from fairserve.api.prompts import Prompts, TextTokenizer
 from fairserve.api.request_metrics import RequestMeter, RequestMetrics
+from fairserve.api.responses import ResponsesAnswer
+from fairserve.api.responses_schema import ResponsesRequest
 from fairserve.api.tokenizing import DetokenizeRequest, TokenizeRequest, detokenized, tokenized
 from fairserve.api.tool_answers import ToolAnswer
 from fairserve.clock import Clock, SystemClock
@@ -216,9 +218,12 @@ class OpenAIService:
             service_tier=tier if isinstance(body, ChatRequest) and body.service_tier else None,
         )
 
-    async def answer(self, body: Generation, job: Job) -> Answer:
+    async def answer(self, body: Generation | ResponsesRequest, job: Job) -> Answer | ResponsesAnswer:
+        """What shapes the outputs of the job that ``body`` asked for."""
         token_text = self._prompts.token_text
         match body:
+            case ResponsesRequest():
+                return ResponsesAnswer(body, job)
             case EmbeddingRequest():
                 return EmbeddingAnswer(job, token_text, body.encoding_format)
             case CompletionRequest():

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
@@ -19,7 +19,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from fairserve.api.answer_headers import AnswerHeaders
 from fairserve.api.answers import Answer
-from fairserve.api.http_errors import describe
+from fairserve.api.http_errors import Problem, describe
 from fairserve.api.merging import Batch
 from fairserve.engine.request import RequestOutput, joined
 
@@ -48,20 +48,52 @@ def event(data: Any) -> bytes:
     return f"data: {_to_json(data)}\n\n".encode()
 
 
+class Framing(Protocol):
+    """What a stream consists of."""
+
+    def of(self, batch: Batch) -> bytes:
+        """Of outputs that are ready together; empty when there is nothing to say."""
+        ...
+
+    def end(self, last: Batch) -> bytes:
+        """After them all; ``last`` holds each choice's last output."""
+        ...
+
+    def failed(self, problem: Problem) -> bytes:
+        """After an error instead."""
+        ...
+
+
+class Whole(Protocol):
+    def whole(self, outputs: Mapping[int, RequestOutput]) -> dict[str, Any]:
+        """The complete answer; ``outputs`` holds everything that was generated, by choice."""
+        ...
+
+
 class Events:
     """The outputs of one answer as events. All but the text of a plain token's event is made once for each choice."""
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, answer: Answer, include_usage: bool = False) -> None:
         self._answer = answer
+        self._include_usage = include_usage
         self._frames: dict[int, tuple[str, str]] = {}
         """Of each choice that has begun: what stands before and after the text."""
 
-    def of(self, index: int, output: RequestOutput) -> bytes:
-        """Of one choice; empty when there is nothing to say."""
+    def of(self, batch: Batch) -> bytes:
+        return b"".join([self.of_choice(index, output) for index, output in batch.items()])
+
+    def end(self, last: Batch) -> bytes:
+        return (event(self._answer.usage_chunk(last)) if self._include_usage else b"") + DONE
+
+    def failed(self, problem: Problem) -> bytes:
+        return event(problem.body()) + DONE
+
+    def of_choice(self, index: int, output: RequestOutput) -> bytes:
+        """Empty when there is nothing to say."""
         if output.finish_reason is not None and output.text and not self._answer.has_plain_text:
             # As at OpenAI, calls never come with their finish reason: the openai package would not end the last one.
             made, ending = replace(output, finish_reason=None), replace(output, text="", token_ids=(), logprobs=())
-            return self.of(index, made) + self.of(index, ending)
+            return self.of_choice(index, made) + self.of_choice(index, ending)
         is_plain = self._answer.has_plain_text and not output.logprobs and output.finish_reason is None
         if is_plain and (frame := self._frames.get(index)) is not None:
             return f"{frame[0]}{_to_json(output.text)}{frame[1]}".encode() if output.text else b""
@@ -74,7 +106,7 @@ class Events:
         return b"" if chunk is None else event(chunk)
 
 
-async def whole(answer: Answer, batches: Batches, deadline: Deadline, headers: AnswerHeaders) -> JSONResponse:
+async def whole(answer: Whole, batches: Batches, deadline: Deadline, headers: AnswerHeaders) -> JSONResponse:
     """Everything in one JSON body.
 
     Raises:
@@ -91,12 +123,11 @@ async def whole(answer: Answer, batches: Batches, deadline: Deadline, headers: A
 
 
 async def stream(
-    answer: Answer,
+    events: Framing,
     batches: Batches,
     deadline: Deadline,
     headers: AnswerHeaders,
     *,
-    include_usage: bool,
     request_id: str,
     send: Send,
 ) -> None:
@@ -106,7 +137,6 @@ async def stream(
         Exception: whatever ended ``batches``, if nothing was sent yet.
     """
     last: dict[int, RequestOutput] = {}
-    events = Events(answer)
     is_started = False
     try:
         async with deadline, aclosing(batches):
@@ -116,17 +146,17 @@ async def stream(
                     headers.saw(batch)
                     await send(_start(headers.first(batch)))
                 last |= batch
-                if data := b"".join([events.of(index, output) for index, output in batch.items()]):
+                if data := events.of(batch):
                     await send(_body(data))
     except ClientDisconnect:
         raise
     except Exception as error:
         if not is_started:
             raise
-        end = event(describe(error, request_id).body())
+        end = events.failed(describe(error, request_id))
     else:
-        end = event(answer.usage_chunk(last)) if include_usage else b""
-    await send(_body(end + DONE, more=False))
+        end = events.end(last)
+    await send(_body(end, more=False))
 
 
 def _start(more: dict[str, str]) -> Message:

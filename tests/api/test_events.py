@@ -40,7 +40,7 @@ def test_an_event_is_what_its_chunk_says(
         probs = (TokenLogprob(7, -0.5, ((7, -0.5),)),) if has_logprobs and logprobs is not None else ()
         output = RequestOutput(f"r-{index}", text, (7,), Usage(2, 0, 1), probs, reason)
         chunk = plain.chunk(index, output)
-        assert events.of(index, output) == (b"" if chunk is None else event(chunk))
+        assert events.of_choice(index, output) == (b"" if chunk is None else event(chunk))
 
 
 @given(text=st.text(max_size=20) | st.sampled_from(["a\x85b", "a\u2028b", "a\u2029b", "\x0b\x0c\x1c\x1d\x1e"]))

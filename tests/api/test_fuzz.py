@@ -41,6 +41,7 @@ OPERATIONS = (
     "POST /v1/embeddings",
     "POST /tokenize",
     "POST /detokenize",
+    "POST /v1/responses",
     "GET /v1/models",
     "GET /v1/models/{name}",
     "GET /health",

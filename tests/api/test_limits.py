@@ -16,7 +16,7 @@ from tests.api.admin_kit import error_of, keyed
 from tests.api.conftest import MODEL, ServiceMaker, app_of, http_of
 from tests.api.scripted import ScriptedBackend
 
-PATHS = ("/v1/chat/completions", "/v1/completions")
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 JSON = {"content-type": "application/json"}
 
 
