@@ -142,6 +142,10 @@ async def test_a_stream_over_http_is_events_with_a_done_and_says_how_long_it_que
         lines = [line async for line in answer.aiter_lines() if line]
     assert answer.headers["content-type"].startswith("text/event-stream")
     assert float(answer.headers["x-fairserve-queue-ms"]) >= 0
+    left, limit = (int(answer.headers[f"x-ratelimit-{name}-requests"]) for name in ("remaining", "limit"))
+    assert 0 <= left <= limit, "as the counter actor said with the grant, through Serve's router"
+    assert abs(float(answer.headers["x-fairserve-counter-position"])) < 1e9
+    assert "ttft;dur=" in answer.headers["server-timing"]
     assert lines[-1] == "data: [DONE]"
     assert all(json.loads(line.removeprefix("data: "))["model"] == "tiny" for line in lines[:-1])
 
