@@ -38,7 +38,7 @@ class LiveKey:
             "weight": key.weight,
             "max_waiting": key.max_waiting,
             "applications": list(key.applications),
-            "budgets": key.budgets.model_dump(exclude_none=True),
+            "budgets": key.budgets.model_dump(mode="json"),
             "source": "live",
             "created_s": self.created_s,
         }
