@@ -41,7 +41,7 @@ def batch_client(owner: Client, weight: float) -> Client:
     owner wherever the owner stands: ``acme/ann+batch`` takes from what ``acme`` has. No key, no gateway and no caller
     of an open service can name it, because a segment of a name holds no +.
     """
-    return replace(owner, name=owner.name + BATCH_MARK, weight=owner.weight * weight)
+    return replace(owner, name=owner.name + BATCH_MARK, weight=owner.weight * weight, service_tiers=(), has_users=False)
 
 
 class Asking:
