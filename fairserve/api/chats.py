@@ -58,9 +58,18 @@ class Chats:
         return {"tools": grammar_of(self._known_format(), toolbox)}
 
     def sampling(self, body: Body, sampling: SamplingParams) -> SamplingParams:
-        """``sampling``, such that calls can be read and, where one must be made, that it is."""
+        """``sampling``, such that calls can be read and, where one must be made, that it is.
+
+        Raises:
+            InvalidRequest: the answer must have another form than a call's, and calls are allowed.
+        """
         if not isinstance(body, ChatRequest) or body.toolbox is None:
             return sampling
+        if sampling.grammar is not None:
+            detail = (
+                "tools: the answer must have a form of its own, in which nothing can be called: send tool_choice 'none'"
+            )
+            raise InvalidRequest(detail, param="tools", code="unsupported_field")
         if self._shows_special:
             sampling = replace(sampling, skip_special_tokens=False)
         forced = self.forced(body)

@@ -317,3 +317,10 @@ async def test_a_forced_call_comes_with_its_grammar(
     assert (await http.post(CHAT, json=GOOD | {"tool_choice": choice})).status_code == 200
     grammar: Any = backend.requests[0].sampling.grammar
     assert (grammar.kind, '"time"' in grammar.text) == ("lark", True)
+
+
+@pytest.mark.skipif(not CAN_BE_FORCED, reason="the engine cannot be held to a grammar")
+async def test_an_answer_of_another_form_leaves_no_room_for_calls(http: httpx.AsyncClient) -> None:
+    form = {"response_format": {"type": "json_object"}}
+    assert (await refused(http, GOOD | form))["param"] == "tools"
+    assert (await http.post(CHAT, json=GOOD | form | {"tool_choice": "none"})).status_code == 200
