@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from fairserve.cluster.continuing import Continuation
 from fairserve.cluster.metrics_sink import RecordedMetrics
 from fairserve.config import ApiConfig
 from fairserve.engine.request import GenerateRequest, RequestOutput, SamplingParams, Usage
@@ -81,6 +82,16 @@ async def test_what_goes_on_says_what_was_made_asks_for_the_rest_and_keeps_every
     )
     assert (first["replaces"], second["replaces"]) == (None, "r")
     assert first["first_sent_s"] == second["first_sent_s"]
+
+
+def test_what_asks_for_no_output_is_computed_anew() -> None:
+    first = replace(REQUEST, sampling=SamplingParams(max_tokens=0, prompt_logprobs=1))
+    tries = Continuation(first, continues=True)
+    assert tries.took(RequestOutput("r", "", (), Usage(0, 0, 0))) is None
+    assert tries.died()
+    again = tries.request
+    assert (again.prompt_token_ids, again.sampling, again.num_generated) == (first.prompt_token_ids, first.sampling, 0)
+    assert again.scores_prompt
 
 
 async def test_a_request_may_go_on_more_than_once_if_more_deaths_are_allowed() -> None:
