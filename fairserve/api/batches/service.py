@@ -180,7 +180,9 @@ class BatchService:
 def _usable(directory: str) -> Path:
     root = Path(directory).expanduser()
     try:
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)  # what clients wrote is nobody else's to read
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name in ("clients", "open"):
+            (root / name).mkdir(mode=0o700, exist_ok=True)  # what clients wrote is nobody else's to read
         probe = root / f"probe-{os.getpid()}-{time.monotonic_ns()}"
         try:
             Disk().claim(probe, {})

@@ -201,10 +201,8 @@ class BatchStore:
         return True
 
     def _read_markers(self) -> dict[str, Json]:
-        folder = self._root / "open"
-        folder.mkdir(parents=True, exist_ok=True)
         found: dict[str, Json] = {}
-        for path in folder.glob("batch_*.json"):
+        for path in (self._root / "open").glob("batch_*.json"):
             marker = self._markers.get(path.stem) or read_json(path)
             if marker is not None:
                 found[path.stem] = marker

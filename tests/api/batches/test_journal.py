@@ -77,6 +77,7 @@ class World:
 
     def __init__(self, root: Path, num_lines: int = NUM_LINES) -> None:
         self.root = root
+        (root / "open").mkdir(parents=True)
         self.asked: list[str] = []
         """Custom ids, as often as they were run."""
         self.ids = [f"task-{i}" for i in range(num_lines)]
