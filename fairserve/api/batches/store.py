@@ -20,7 +20,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -231,9 +231,13 @@ def _record_in(folder: Path) -> BatchRecord | None:
     if data is None:
         return None
     known = {one.name for one in fields(Client)}
-    owner: dict[str, Any] = {name: value for name, value in data.pop("owner").items() if name in known}
-    client = Client(**owner)
-    return BatchRecord(owner=replace(client, applications=tuple(client.applications)), **data)
+    owner: dict[str, Any] = {name: _frozen(value) for name, value in data.pop("owner").items() if name in known}
+    return BatchRecord(owner=Client(**owner), **data)
+
+
+def _frozen(value: Any) -> Any:
+    """JSON knows no tuples."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 def _view(folder: Path, record: BatchRecord) -> Json:
