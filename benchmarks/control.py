@@ -1,6 +1,6 @@
 """What a report and a grant cost the counter actor, and how old its picture of a replica is, on a real Ray.
 
-    python -m benchmarks.control [--quick] [--replicas 8 32 64] [--reports each one] [--windows 3] [--seconds 3]
+    python -m benchmarks.control [--quick] [--replicas 8 32 64] [--reports each one] [--windows 3] [--seconds 2]
 
 Simulated replicas (``simulated_node.py``), eight in a process, 16 requests each and 30 steps a second; 1,000 clients
 always wait. For each number of replicas:
@@ -280,8 +280,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--replicas", type=int, nargs="+", default=[8, 32, 64], help="default 8 32 64")
     parser.add_argument("--reports", choices=WAYS, nargs="+", default=WAYS, help="default each one")
     parser.add_argument("--windows", type=int, default=3, help="of each kind, one after another (default 3)")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of a window (default 3)")
-    parser.add_argument("--alone", type=int, default=60, help="requests alone in the cluster (default 60)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of a window (default 2)")
+    parser.add_argument("--alone", type=int, default=50, help="requests alone in the cluster (default 50)")
     parser.add_argument("--quick", action="store_true", help="16 replicas, one window of 2 s each: shows that it runs")
     parser.add_argument("--out", type=Path, default=Path("out/control.json"))
     options = parser.parse_args(argv)
