@@ -215,7 +215,6 @@ class RouterClient:
             on_refusal=lambda error: self._on_refusal(request_id, error, future),
         )
         self._waiters[request_id] = future
-        self._waiting.set()
         self._news.set()
         if self._link.is_down:
             self._let_go(request_id)
@@ -299,7 +298,7 @@ class RouterClient:
     async def _poll(self) -> None:
         if not len(self._book) and not self._link.is_down:
             self._waiting.clear()
-            await self._waiting.wait()
+        await self._waiting.wait()
         call = self._book.compose_poll()
         reply = await self._link.call(lambda: self._transport.poll(call), is_long_poll=True)
         await self._took(reply, to_poll=True)
@@ -311,7 +310,10 @@ class RouterClient:
             self._book.replied(reply, to_poll=to_poll)
             if self._book.has_news:
                 self._news.set()
+            if len(self._book):
+                self._waiting.set()  # only now: what is granted at once costs no poll
             return
+        self._waiting.set()
         if self._link.is_down:
             for request_id in list(self._waiters):
                 self._let_go(request_id)

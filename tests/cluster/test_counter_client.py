@@ -60,6 +60,18 @@ async def test_a_grant_comes_with_the_reply_when_there_is_room(service: CounterS
     assert grant.replica == "replica"
 
 
+async def test_a_request_that_is_granted_at_once_costs_one_call(
+    wire: Wire, service: CounterService, client: RouterClient
+) -> None:
+    await service.report(replica_report(1))
+    assert await client.acquire(submit()) is not None
+    assert wire.num_calls == 1, "no poll stands beside it"
+    waits = asyncio.create_task(client.acquire(submit("r2")))
+    await until(lambda: len(service._polls) == 1)
+    await service.report(replica_report(2, finished=("r1",)))
+    assert await waits is not None
+
+
 async def test_a_waiting_request_is_granted_as_soon_as_a_replica_reports_room(
     service: CounterService, client: RouterClient
 ) -> None:
@@ -217,10 +229,12 @@ async def test_a_bug_in_the_book_leaves_no_request_hanging(
         return whole(*args, **kwargs)
 
     monkeypatch.setattr(client._book, method, fail_once)
-    await service.report(replica_report(1))
     with caplog.at_level(logging.ERROR):
+        waits = asyncio.create_task(client.acquire(submit()))
+        await until(lambda: num_waiting(service) == 1 and not broken)
+        await service.report(replica_report(1))
         async with asyncio.timeout(5):
-            assert await client.acquire(submit()) is not None
+            assert await waits is not None
     assert "a bug" in caplog.text
 
 
@@ -333,10 +347,9 @@ async def test_counters_outlive_the_service_in_a_snapshot(tmp_path: Any) -> None
     first = CounterService(args.model_dump_json(), clock=clock)
     await first.report(replica_report(1, totals={"bob": Totals(5, 0, 5, 15.0)}))
     async with asyncio.timeout(5):
-        while not (tmp_path / "c.sqlite").exists():
+        while not first._upkeep._saved_acks:  # the file is there before anything is in it
             clock.advance(1)
             await asyncio.sleep(0.05)
-        await asyncio.sleep(0.1)
     second = CounterService(args.model_dump_json())
     assert (await second.status())["clients"]["bob"]["service"] == 15
 
