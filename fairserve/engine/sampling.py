@@ -141,8 +141,9 @@ def _best(logits: Tensor) -> list[int]:
 
 def _choose(raw: Tensor, rows: list[_Row]) -> list[Sampled]:
     """``raw``: float32 [R, vocabulary], finite maxima."""
-    scores, failed = _ruled(_penalised(_biased(raw, rows), rows), rows)
+    scores = _penalised(_biased(raw, rows), rows)
     tokens = _argmax(scores).tolist()
+    scores, failed = _ruled(scores, rows, tokens)
     for sorts, draw in ((False, _draw), (True, _draw_sorted)):
         index = [i for i, row in enumerate(rows) if not row.greedy and row.sorts == sorts]
         if index:
@@ -162,20 +163,29 @@ def _biased(raw: Tensor, rows: list[_Row]) -> Tensor:
     return raw.index_put(at, torch.tensor(bias, dtype=raw.dtype, device=raw.device), accumulate=True)
 
 
-def _ruled(scores: Tensor, rows: list[_Row]) -> tuple[Tensor, dict[int, str]]:
-    """Minus infinity where a row's rules forbid a token, in a copy; and by row why they leave none."""
-    ruled = [i for i, row in enumerate(rows) if row.rules is not None]
+def _ruled(scores: Tensor, rows: list[_Row], best: list[int]) -> tuple[Tensor, dict[int, str]]:
+    """Minus infinity where a row's rules forbid a token, in a copy; and by row why they leave none.
+
+    ``best``: each row's best token, corrected here. A greedy row whose best one is allowed stays as it is: for most of
+    a model's tokens that saves all work on the whole vocabulary.
+    """
+    ruled = [(i, row.rules) for i, row in enumerate(rows) if row.rules is not None]
     if not ruled:
         return scores, {}
-    allowed, why = allowed_of([row.rules for row in rows if row.rules is not None], scores.shape[-1])
-    may = torch.from_numpy(allowed).to(scores.device)
-    part = scores if len(ruled) == len(rows) else scores[ruled]
-    part = part.masked_fill(~may, float("-inf"))
+    allowed, why = allowed_of([rules for _, rules in ruled], scores.shape[-1])
+    failed = {ruled[k][0]: error for k, error in why.items()}
+    cut = [k for k, (i, _) in enumerate(ruled) if not (rows[i].greedy and allowed[k, best[i]])]
+    if not cut:
+        return scores, failed
+    index = [ruled[k][0] for k in cut]
+    may = torch.from_numpy(allowed[cut]).to(scores.device)
+    part = (scores if len(cut) == len(rows) else scores[index]).masked_fill(~may, float("-inf"))
     dead = part.amax(dim=-1, keepdim=True) == float("-inf")
     if dead.any():  # the model gives no chance to any that is left: all have the same; a row without any is told apart
         part = torch.where(dead & (may | ~may.any(dim=-1, keepdim=True)), 0.0, part)
-    failed = {ruled[k]: error for k, error in why.items()}
-    return (part if len(ruled) == len(rows) else scores.index_copy(0, _index(ruled, scores), part)), failed
+    for i, token in zip(index, _argmax(part).tolist(), strict=True):
+        best[i] = token
+    return (part if len(cut) == len(rows) else scores.index_copy(0, _index(index, scores), part)), failed
 
 
 def _index(values: Sequence[int], like: Tensor) -> Tensor:
