@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from fairserve.fairness.heaps import in_order
 
 Item = TypeVar("Item")
 
 
-class _Line:
-    """Of one client: a heap of (place, number, request id), and how many of them still wait."""
+class _Ticket(Generic[Item]):
+    """Of one request, in its client's line; in none once it has left."""
+
+    __slots__ = ("client", "item", "line", "request_id")
+
+    def __init__(self, client: str, request_id: str, item: Item, line: _Line[Item]) -> None:
+        self.client = client
+        self.request_id = request_id
+        self.item = item
+        self.line: _Line[Item] | None = line
+
+
+class _Line(Generic[Item]):
+    """Of one client: a heap of (place, number, ticket), and how many of them still wait."""
 
     __slots__ = ("heap", "num_waiting")
 
     def __init__(self) -> None:
-        self.heap: list[tuple[float, int, str]] = []
+        self.heap: list[tuple[float, int, _Ticket[Item]]] = []
         self.num_waiting = 0
 
 
@@ -27,18 +39,18 @@ class Backlog(Generic[Item]):
     queue that holds mostly removed ones is rebuilt."""
 
     def __init__(self) -> None:
-        self._lines: dict[str, _Line] = {}
-        self._items: dict[str, tuple[str, int, Item]] = {}
+        self._lines: dict[str, _Line[Item]] = {}
+        self._tickets: dict[str, _Ticket[Item]] = {}
         self._num_pushed = 0
 
     def __len__(self) -> int:
-        return len(self._items)
+        return len(self._tickets)
 
     def __contains__(self, request_id: str) -> bool:
-        return request_id in self._items
+        return request_id in self._tickets
 
     def __iter__(self) -> Iterator[Item]:
-        return (item for _, _, item in self._items.values())
+        return (ticket.item for ticket in self._tickets.values())
 
     def clients(self) -> Iterator[str]:
         """Clients with at least one waiting request."""
@@ -57,29 +69,28 @@ class Backlog(Generic[Item]):
         return 0 if line is None else line.num_waiting
 
     def push(self, client: str, request_id: str, item: Item, place: float) -> None:
-        assert request_id not in self._items, f"{request_id} waits already"
-        self._num_pushed += 1
-        self._items[request_id] = (client, self._num_pushed, item)
+        assert request_id not in self._tickets, f"{request_id} waits already"
         line = self._lines.get(client)
         if line is None:
             line = self._lines[client] = _Line()
-        heapq.heappush(line.heap, (place, self._num_pushed, request_id))
+        ticket = self._tickets[request_id] = _Ticket(client, request_id, item, line)
+        self._num_pushed += 1
+        heapq.heappush(line.heap, (place, self._num_pushed, ticket))
         line.num_waiting += 1
 
     def head(self, client: str) -> tuple[float, Item]:
         """Place and item of the client's first request. The client must wait."""
-        queue, items = self._lines[client].heap, self._items
+        heap = self._lines[client].heap
         while True:
-            place, number, request_id = queue[0]
-            entry = items.get(request_id)
-            if entry is not None and entry[1] == number:
-                return place, entry[2]
-            heapq.heappop(queue)
+            place, _, ticket = heap[0]
+            if ticket.line is not None:
+                return place, ticket.item
+            heapq.heappop(heap)
 
     def first_of(self, client: str) -> Iterator[Item]:
         """The client's requests in order; the queue must not change meanwhile."""
-        for _, _, request_id in in_order(self._lines[client].heap if client in self._lines else [], self._is_live):
-            yield self._items[request_id][2]
+        for _, _, ticket in in_order(self._lines[client].heap if client in self._lines else [], _waits):
+            yield ticket.item
 
     def entries(self) -> Iterator[tuple[str, str, float, Item]]:
         """Client, request id, place and item of every request, in no order; the queue must not change meanwhile."""
@@ -90,34 +101,42 @@ class Backlog(Generic[Item]):
     def pop(self, client: str) -> Item:
         """Take out the client's first request. The client must wait."""
         self.head(client)
-        return self._leave(self._lines[client].heap[0][2])
+        ticket = self._lines[client].heap[0][2]
+        self._leave(ticket)
+        return ticket.item
 
     def remove(self, request_id: str) -> Item | None:
         """Take out a request wherever it stands; None when it does not wait."""
-        return self._leave(request_id) if request_id in self._items else None
+        ticket = self._tickets.get(request_id)
+        if ticket is None:
+            return None
+        self._leave(ticket)
+        return ticket.item
 
     def client_of(self, request_id: str) -> str | None:
-        entry = self._items.get(request_id)
-        return entry[0] if entry else None
+        ticket = self._tickets.get(request_id)
+        return None if ticket is None else ticket.client
 
-    def _is_live(self, entry: tuple[float, int, str]) -> bool:
-        item = self._items.get(entry[2])
-        return item is not None and item[1] == entry[1]
-
-    def _leave(self, request_id: str) -> Item:
-        client, number, item = self._items.pop(request_id)
-        line = self._lines[client]
+    def _leave(self, ticket: _Ticket[Item]) -> None:
+        line = ticket.line
+        assert line is not None
+        del self._tickets[ticket.request_id]
+        ticket.line = None
         line.num_waiting -= 1
         if not line.num_waiting:
-            del self._lines[client]
-        elif line.heap[0][1] == number:
+            del self._lines[ticket.client]
+        elif line.heap[0][2] is ticket:
             heapq.heappop(line.heap)
         elif len(line.heap) > 2 * line.num_waiting + 64:
-            line.heap = [entry for entry in line.heap if self._is_live(entry)]
+            line.heap = list(filter(_waits, line.heap))
             heapq.heapify(line.heap)
-        return item
 
     def check(self) -> None:
-        assert sum(line.num_waiting for line in self._lines.values()) == len(self._items)
+        assert sum(line.num_waiting for line in self._lines.values()) == len(self._tickets)
+        assert all(self._lines[ticket.client] is ticket.line for ticket in self._tickets.values())
         for line in self._lines.values():
-            assert sum(map(self._is_live, line.heap)) == line.num_waiting > 0
+            assert sum(map(_waits, line.heap)) == line.num_waiting > 0
+
+
+def _waits(entry: tuple[float, int, _Ticket[Any]]) -> bool:
+    return entry[2].line is not None
