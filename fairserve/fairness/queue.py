@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Generic, TypeVar
 
@@ -13,6 +13,7 @@ from fairserve.fairness.backlog import Backlog
 from fairserve.fairness.counters import CounterTable
 from fairserve.fairness.heaps import in_order
 from fairserve.fairness.hierarchy import TOP, group_of, is_group, path_of
+from fairserve.fairness.nodes import Entry, Node
 from fairserve.fairness.policy import Order, Policy
 
 Item = TypeVar("Item")
@@ -20,44 +21,27 @@ Amounts = tuple[float, ...]
 """One number per node of a client's path, from the top down."""
 
 
-class Standing:
-    """Of one member that waits: its order now, and the entry of the heap that counts."""
-
-    __slots__ = ("entry", "order")
-
-    def __init__(self, order: Order, member: str) -> None:
-        self.order = order
-        self.entry: Entry = (order, member, self)
-
-    def __lt__(self, other: Standing) -> bool:
-        """Whatever tells two entries apart stands before this."""
-        return False
-
-
-Entry = tuple[Order, str, Standing]
-"""Order, member, standing; the least goes first."""
-
-
 class Siblings:
     """The members of one group, and which of them wait: what a policy is shown.
 
     The order is a heap with one entry that counts for each waiting member, (order, member). The order in it may be an
     earlier, lesser one: it is put right when it surfaces, so that a charge, which moves its client back, costs nothing
-    here. Entries that do not count are skipped. An entry leads to the member's standing, so that to surface costs no
-    look into a table.
+    here. Entries that do not count are skipped. An entry leads to the member's node, so that to surface costs no look
+    into a table.
     """
 
     def __init__(self, queue: FairQueue[Item]) -> None:
         self._queue = queue
+        self.counter = queue.table.counter
         self._heap: list[Entry] = []
-        self.waiting: dict[str, Standing] = {}
+        self._fallen: set[Node] = set()
+        """Members whose order fell below their entry since somebody last asked who goes next: a charge that returns is
+        mostly followed by what was served instead."""
+        self.waiting: dict[str, Node] = {}
         """The members that wait."""
         self._last_to_leave: str | None = None
         self.num_members = 0
         """That are known, whether they wait or not."""
-
-    def counter(self, client: str) -> float:
-        return self._queue.table.counter(client)
 
     def place(self, client: str) -> float:
         return self._queue.place(client)
@@ -70,16 +54,18 @@ class Siblings:
         return self._last_to_leave
 
     def least_served(self) -> str | None:
+        if self._fallen:
+            self._put_right()
         heap = self._heap
         while heap:
             entry = heap[0]
-            standing = entry[2]
-            if standing.entry is not entry:
+            node = entry[2]
+            if node.entry is not entry:
                 heapq.heappop(heap)
-            elif standing.order == entry[0]:
+            elif node.order == entry[0]:
                 return entry[1]
             else:
-                entry = standing.entry = (standing.order, entry[1], standing)
+                entry = node.entry = (node.order, entry[1], node)
                 heapq.heapreplace(heap, entry)
         return None
 
@@ -89,44 +75,53 @@ class Siblings:
         if first is None:
             return
         least = self.waiting[first].order
-        for order, member, standing in in_order(self._heap, _counts):
+        for order, member, node in in_order(self._heap, _counts):
             if order != least:
                 return
-            if standing.order == order:
+            if node.order == order:
                 yield member
 
     # Written by the FairQueue only.
 
-    def waits(self, member: str, order: Order) -> None:
-        standing = self.waiting.get(member)
-        if standing is None:
-            standing = self.waiting[member] = Standing(order, member)
-        else:
-            standing.order = order
-            if standing.entry[0] <= order:
-                return
-            standing.entry = (order, member, standing)
-        heapq.heappush(self._heap, standing.entry)
+    def waits(self, node: Node, order: Order) -> None:
+        node.order = order
+        if node.entry is None:
+            self.waiting[node.name] = node
+            self._push(node)
+        elif order < node.entry[0]:
+            self._fallen.add(node)
+
+    def _put_right(self) -> None:
+        """Whose order is below its entry still, stands further in front."""
+        for node in self._fallen:
+            if node.entry is not None and node.order < node.entry[0]:
+                self._push(node)
+        self._fallen.clear()
+
+    def _push(self, node: Node) -> None:
+        node.entry = (node.order, node.name, node)
+        heapq.heappush(self._heap, node.entry)
         if len(self._heap) > 4 * len(self.waiting) + 64:
-            self._heap = [standing.entry for standing in self.waiting.values()]
+            self._heap = list(filter(_counts, self._heap))
             heapq.heapify(self._heap)
 
-    def leaves(self, member: str) -> None:
-        standing = self.waiting.pop(member, None)
-        if standing is not None:
-            standing.entry = (standing.order, member, standing)  # none that stands in the heap
-            self._last_to_leave = member
+    def leaves(self, node: Node) -> None:
+        if node.entry is not None:
+            node.entry = None
+            del self.waiting[node.name]
+            self._last_to_leave = node.name
 
     def restore_last_to_leave(self, member: str | None) -> None:
         self._last_to_leave = member
 
     def check(self) -> None:
-        standings = self.waiting.items()
-        assert all(one.entry[1:] == (member, one) and one.entry[0] <= one.order for member, one in standings)
-        assert sum(map(_counts, self._heap)) == len(self.waiting)
         first = self.least_served()
+        for name, node in self.waiting.items():
+            assert node.siblings is self
+            assert node.entry is not None and node.entry[1:] == (name, node) and node.entry[0] <= node.order
+        assert sum(map(_counts, self._heap)) == len(self.waiting)
         if first is not None:
-            assert (self.waiting[first].order, first) == min((one.order, name) for name, one in standings)
+            assert (self.waiting[first].order, first) == min((node.order, name) for name, node in self.waiting.items())
 
 
 def _counts(entry: Entry) -> bool:
@@ -298,10 +293,18 @@ class FairQueue(Generic[Item]):
         """A member more of its group, if it is not known yet."""
         if node in self.table:
             return
-        self._groups[group_of(node)].num_members += 1
-        self.table.register(node, self._group_weights.get(node.removesuffix("/"), 1.0) if is_group(node) else 1.0)
+        siblings = self._groups[group_of(node)]
+        siblings.num_members += 1
+        weight = self._group_weights.get(node.removesuffix("/"), 1.0) if is_group(node) else 1.0
+        self.table.register(node, weight).siblings = siblings
         if is_group(node):
             self._groups[node] = Siblings(self)
+
+    def _path(self, client: str) -> list[Node]:
+        """As :func:`path_of`; the client must be known."""
+        if "/" not in client:
+            return [self.table.node(client)]
+        return [self.table.node(name) for name in path_of(client)]
 
     def arrive(self, client: str, request_id: str, item: Item, place: float, *, lift: bool = True) -> float:
         """A request waits at ``place`` in its client's queue. Returns by how much counters were lifted, in all.
@@ -320,7 +323,7 @@ class FairQueue(Generic[Item]):
                     if self._moved is not None:
                         self._moved.add(node)
         self._backlog.push(client, request_id, item, place)
-        self._reorder(client)
+        self._reorder(self._path(client), True)
         return rise
 
     def pop(self) -> Item:
@@ -334,23 +337,23 @@ class FairQueue(Generic[Item]):
 
     def pick(self, client: str, request_id: str, service: float, rates: Amounts) -> None:
         """Take out one of :meth:`front`, and :meth:`charge` its client, in one step."""
-        path, picked, add = path_of(client), self.policy.picked, self.table.add
+        path, picked = self._path(client), self.policy.picked
         if self._before is not None:
-            self._before(path)
+            self._before(path_of(client))
         if self._moved is not None:
-            self._moved.update(path)
+            self._moved.update(path_of(client))
         item = self._backlog.remove(request_id)
         assert item is not None, f"{request_id} does not wait"
         for node, rate in zip(path, rates, strict=True):
-            picked(node)
-            add(node, service * rate)
-        self._reorder(client)
+            picked(node.name)
+            node.counter += service * rate
+        self._reorder(path, self._backlog.has(client))
 
     def picked(self, client: str) -> None:
         """Tell the policy whose turn it was."""
         for node in path_of(client):
             self.policy.picked(node)
-        self._reorder(client)
+        self._reorder(self._path(client), self._backlog.has(client))
 
     def remove(self, request_id: str) -> Item | None:
         """Take out one request wherever it stands; None when it does not wait."""
@@ -359,26 +362,25 @@ class FairQueue(Generic[Item]):
             return None
         self.touch(client)
         item = self._backlog.remove(request_id)
-        self._reorder(client)
+        self._reorder(self._path(client), self._backlog.has(client))
         return item
 
     def charge(self, client: str, service: float, rates: Amounts | None = None) -> None:
         """Add ``service`` (negative gives back) times ``rates`` to the counters along the path."""
-        path, table = path_of(client), self.table
+        path = self._path(client)
         if self._before is not None:
-            self._before(path)
+            self._before(path_of(client))
         if self._moved is not None:
-            self._moved.update(path)
+            self._moved.update(path_of(client))
         if rates is None:
             for node in path:
-                table.add(node, service * (1.0 / table.weight(node)))
+                node.counter += service * (1.0 / node.weight)
         else:
             for node, rate in zip(path, rates, strict=True):
-                table.add(node, service * rate)
+                node.counter += service * rate
         for node in reversed(path):
-            siblings = self._groups[group_of(node)]
-            if node in siblings.waiting:
-                siblings.waits(node, self.policy.order(node, siblings))
+            if node.entry is not None:
+                node.siblings.waits(node, self.policy.order(node.name, node.siblings))
 
     def set_counter(self, node: str, counter: float) -> None:
         """Of a client or a group; makes it known."""
@@ -389,14 +391,16 @@ class FairQueue(Generic[Item]):
         self.table.set(node, counter)
         if self._moved is not None:
             self._moved.add(node)
-        if self.is_waiting(node):
-            self._order(node)
+        first = self.table.node(node)
+        if first.entry is not None:
+            first.siblings.waits(first, self.policy.order(node, first.siblings))
 
     def set_under_way(self, client: str, is_under_way: bool) -> None:
         """The client has (no longer) an interaction that has begun and is not over."""
         self.touch(client)
         (self._under_way.add if is_under_way else self._under_way.discard)(client)
-        self._reorder(client)
+        if client in self.table:
+            self._reorder(self._path(client), self._backlog.has(client))
 
     def begin_level(self, client: str) -> None:
         """The client becomes active without a request that waits here: it is lifted like any newcomer."""
@@ -428,21 +432,16 @@ class FairQueue(Generic[Item]):
         if group in self._groups:
             self._groups[group].restore_last_to_leave(member)
 
-    def _reorder(self, client: str) -> None:
-        is_waiting, order = self._backlog.has(client), self.policy.order
-        for node in reversed(path_of(client)):
-            siblings = self._groups.get(group_of(node))
-            if siblings is None:  # nobody has heard of the client
-                return
+    def _reorder(self, path: Sequence[Node], is_waiting: bool) -> None:
+        """The counter or the first request of the last of ``path``, a client, has changed."""
+        order = self.policy.order
+        for node in reversed(path):
+            siblings = node.siblings
             if is_waiting:
-                siblings.waits(node, order(node, siblings))
+                siblings.waits(node, order(node.name, siblings))
             else:
                 siblings.leaves(node)
             is_waiting = bool(siblings.waiting)
-
-    def _order(self, node: str) -> None:
-        siblings = self._groups[group_of(node)]
-        siblings.waits(node, self.policy.order(node, siblings))
 
     def check(self) -> None:
         self.table.check()
@@ -453,6 +452,6 @@ class FairQueue(Generic[Item]):
         for name, siblings in self._groups.items():
             siblings.check()
             assert siblings.num_members == members[name], name
-            for node, standing in siblings.waiting.items():
-                assert group_of(node) == name
-                assert standing.order == self.policy.order(node, siblings), node
+            for member, node in siblings.waiting.items():
+                assert group_of(member) == name and self.table.node(member) is node
+                assert node.order == self.policy.order(member, siblings), member

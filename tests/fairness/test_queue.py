@@ -176,6 +176,23 @@ def test_a_charge_is_given_back_in_full_even_after_the_weight_changed(make: Make
     assert queue.counter("bob") == 0
 
 
+def test_a_charge_that_returns_before_the_same_is_served_leaves_nothing_behind(make: Make) -> None:
+    queue = make("vtc")
+    for i in range(10):
+        arrive(queue, f"c{i}", f"r{i}")
+    for i in range(10):
+        queue.charge(f"c{i}", 100.0 + i)
+    assert queue.least_served() == "c0"
+    heap = queue.groups[""]._heap
+    for client in ("c0", "c1", "c0"):
+        queue.charge(client, -100.0)
+        queue.charge(client, 102.0)
+    assert queue.least_served() == "c2"
+    assert len(heap) == 10
+    queue.charge("c7", -50.0)
+    assert queue.least_served() == "c7", "what returns and is not served counts at once"
+
+
 def test_a_new_weight_leaves_earlier_charges_as_they_were(make: Make) -> None:
     queue = make("vtc")
     queue.register("bob", weight=4.0)
