@@ -8,11 +8,8 @@ from dataclasses import dataclass, field
 
 from fairserve.dispatch.messages import StepReport
 
-_Entry = tuple[int, int, str]
-"""(- free KV tokens, - free slots, name): the least goes first."""
 
-
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class ReplicaRoom:
     """The replica's newest report and the grants it has not confirmed. Tokens are KV tokens."""
 
@@ -33,6 +30,14 @@ class ReplicaRoom:
     reserved_tokens: int = 0
     granted_over: str | None = None
     """A request granted although there is no room, which has not started: somebody gives way for it there."""
+    listed: _Entry | None = None
+    """Where it stands among the others: the one entry that counts."""
+    only_queues: bool = False
+    """It stands among those with lookahead only."""
+
+    def __lt__(self, other: ReplicaRoom) -> bool:
+        """Whatever tells two entries apart stands before this."""
+        return False
 
     @property
     def room_tokens(self) -> int:
@@ -45,12 +50,16 @@ class ReplicaRoom:
 
     @property
     def entry(self) -> _Entry:
-        return (self.reserved_tokens - self.free_kv_tokens, len(self.unconfirmed) - self.free_slots, self.name)
+        return (self.reserved_tokens - self.free_kv_tokens, len(self.unconfirmed) - self.free_slots, self.name, self)
 
     @property
     def num_requests(self) -> int:
         """Running, waiting or on their way there."""
         return self.num_running + self.num_waiting + len(self.unconfirmed)
+
+
+_Entry = tuple[int, int, str, ReplicaRoom]
+"""(- free KV tokens, - free slots, name, room): the least goes first."""
 
 
 class Capacity:
@@ -66,7 +75,6 @@ class Capacity:
         self._stale_s = stale_s
         self._rooms: dict[str, ReplicaRoom] = {}
         self._heaps: tuple[list[_Entry], list[_Entry]] = ([], [])
-        self._entries: dict[str, tuple[_Entry, bool]] = {}
         self._asleep: dict[str, None] = {}
         """Replicas that stood first and may not be granted to for now."""
         self._least_kv_tokens = 0
@@ -116,34 +124,30 @@ class Capacity:
             need_tokens = min(need_tokens, largest)
         for heap in self._heaps:
             room = self._first(heap, now_s)
-            if room is not None and room.room_tokens >= need_tokens:
+            if room is not None and room.free_kv_tokens - room.reserved_tokens >= need_tokens:
                 return room
         return None
 
     def _first(self, heap: list[_Entry], now_s: float) -> ReplicaRoom | None:
         """The living replica on top; the others that surface go out, to sleep if they still count."""
-        entries, rooms, is_alive = self._entries, self._rooms, self.is_alive
+        stale_s = self._stale_s
         while heap:
             entry = heap[0]
-            tokens, slots, name = entry
-            listed = entries.get(name)
-            if listed is None or listed[0] is not entry:
+            room = entry[3]
+            if room.listed is not entry:
                 heapq.heappop(heap)
-                continue
-            room = rooms[name]
-            if not is_alive(room, now_s):
-                del entries[name]
-                self._asleep[name] = None
+            elif now_s - room.heard_s > stale_s or now_s < room.suspended_until_s or room.is_draining:
+                room.listed = None
+                self._asleep[room.name] = None
                 heapq.heappop(heap)
-                continue
-            if (
-                tokens == room.reserved_tokens - room.free_kv_tokens
-                and slots == len(room.unconfirmed) - room.free_slots
+            elif (
+                entry[0] == room.reserved_tokens - room.free_kv_tokens
+                and entry[1] == len(room.unconfirmed) - room.free_slots
             ):
                 return room
-            true = room.entry
-            entries[name] = (true, listed[1])
-            heapq.heapreplace(heap, true)
+            else:
+                room.listed = room.entry
+                heapq.heapreplace(heap, room.listed)
         return None
 
     def _wake(self, now_s: float) -> None:
@@ -152,27 +156,28 @@ class Capacity:
 
     def _changed(self, room: ReplicaRoom) -> None:
         """See to it that the replica stands in the right heap, and not behind where its numbers put it."""
-        name, entry = room.name, room.entry
+        entry = room.entry
         if self._asleep:
-            self._asleep.pop(name, None)
+            self._asleep.pop(room.name, None)
         if entry[1] >= self._lookahead:
-            self._entries.pop(name, None)
+            room.listed = None
             return
         only_queues = entry[1] >= 0
-        listed = self._entries.get(name)
-        if listed is not None and listed[1] == only_queues and listed[0] <= entry:
+        if room.listed is not None and room.only_queues == only_queues and room.listed <= entry:
             return
-        self._entries[name] = (entry, only_queues)
+        room.listed, room.only_queues = entry, only_queues
         heap = self._heaps[only_queues]
         heapq.heappush(heap, entry)
         if len(heap) > 4 * len(self._rooms) + 64:
-            heap[:] = [entry for entry, queues in self._entries.values() if queues == only_queues]
+            heap[:] = [one.listed for one in self if one.listed is not None and one.only_queues == only_queues]
             heapq.heapify(heap)
 
     def report(self, report: StepReport, now_s: float) -> ReplicaRoom:
         """Take over a report's numbers. A new incarnation begins with nothing reserved."""
         room = self._rooms.get(report.replica)
         if room is None or room.incarnation != report.incarnation:
+            if room is not None:
+                room.listed = None
             room = ReplicaRoom(report.replica, report.incarnation, now_s, 0, 0, 0, 0)
             self._rooms[report.replica] = room
         is_resized = room.kv_capacity_tokens != report.kv_capacity_tokens
@@ -189,7 +194,8 @@ class Capacity:
         self._least_kv_tokens = min((room.kv_capacity_tokens for room in self), default=0)
 
     def reserve(self, replica: str, request_id: str, need_tokens: int) -> None:
-        room, unconfirmed = self._rooms[replica], self._rooms[replica].unconfirmed
+        room = self._rooms[replica]
+        unconfirmed = room.unconfirmed
         if need_tokens > room.kv_capacity_tokens:
             need_tokens = room.kv_capacity_tokens
         unconfirmed[request_id] = need_tokens
@@ -214,19 +220,18 @@ class Capacity:
         self._rooms[replica].is_draining = True
 
     def forget(self, replica: str) -> None:
-        if self._rooms.pop(replica, None) is not None:
-            self._entries.pop(replica, None)
+        room = self._rooms.pop(replica, None)
+        if room is not None:
+            room.listed = None
             self._asleep.pop(replica, None)
             self._resized()
 
     def check(self) -> None:
         for room in self:
             assert room.reserved_tokens == sum(room.unconfirmed.values()), room
-            listed = room.name in self._entries or room.name in self._asleep
+            listed = room.listed is not None or room.name in self._asleep
             assert listed == (room.room_slots + self._lookahead > 0), room
-        standing = [set(map(id, heap)) for heap in self._heaps]
-        for name, (entry, only_queues) in self._entries.items():
-            room = self._rooms[name]
-            assert entry <= room.entry == (-room.room_tokens, -room.room_slots, name), room
-            assert only_queues == (room.room_slots <= 0), room
-            assert id(entry) in standing[only_queues], room
+            if room.listed is not None:
+                assert room.listed <= room.entry, room
+                assert room.only_queues == (room.room_slots <= 0), room
+                assert any(entry is room.listed for entry in self._heaps[room.only_queues]), room

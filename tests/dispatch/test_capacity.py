@@ -131,3 +131,14 @@ def test_asking_changes_nothing_and_a_forgotten_replica_is_gone(capacity: Capaci
     capacity.forget("r0")
     capacity.forget("r0")
     assert (len(capacity), capacity.get("r0")) == (0, None)
+
+
+def test_a_new_life_with_the_same_numbers_stands_where_its_former_one_stood(capacity: Capacity) -> None:
+    for name in ("a", "b", "c"):
+        hear(capacity, name, kv=500, slots=2)
+    for incarnation in (2, 3):
+        hear(capacity, "a", kv=500, slots=2, incarnation=incarnation)
+        room = capacity.best_for(1, 0.0)
+        assert room is not None and (room.name, room.incarnation) == ("a", incarnation)
+    capacity.reserve("a", "x", 100)
+    assert best(capacity, 1) == "b"
