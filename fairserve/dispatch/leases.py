@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -52,8 +52,7 @@ class Leases:
 
     def __init__(self) -> None:
         self._leases: dict[str, Lease] = {}
-        self._unconfirmed: deque[tuple[str, Lease]] = deque()
-        """And some that are confirmed or gone, which leave when they come first."""
+        self._unconfirmed: OrderedDict[str, Lease] = OrderedDict()
         self._on: dict[str, set[str]] = {}
         self._of: dict[str, dict[str, Lease]] = {}
 
@@ -97,20 +96,12 @@ class Leases:
         return reversed(self._of.get(client, {}).values())
 
     def first_lapsed(self, now_s: float) -> str | None:
-        unconfirmed = self._unconfirmed
-        while unconfirmed:
-            request_id, lease = unconfirmed[0]
-            if not lease.confirmed and self._leases.get(request_id) is lease:
-                return request_id if lease.deadline_s <= now_s else None
-            unconfirmed.popleft()
+        for request_id, lease in self._unconfirmed.items():
+            return request_id if lease.deadline_s <= now_s else None
         return None
 
     def add(self, request_id: str, lease: Lease) -> None:
-        self._leases[request_id] = lease
-        unconfirmed = self._unconfirmed
-        while unconfirmed and unconfirmed[0][1].confirmed:
-            unconfirmed.popleft()
-        unconfirmed.append((request_id, lease))
+        self._leases[request_id] = self._unconfirmed[request_id] = lease
         on = self._on.get(lease.replica)
         if on is None:
             on = self._on[lease.replica] = set()
@@ -124,11 +115,13 @@ class Leases:
 
     def confirm(self, request_id: str) -> None:
         self._leases[request_id].confirmed = True
+        self._unconfirmed.pop(request_id, None)
 
     def pop(self, request_id: str) -> Lease | None:
         lease = self._leases.pop(request_id, None)
         if lease is None:
             return None
+        self._unconfirmed.pop(request_id, None)
         self._on[lease.replica].discard(request_id)
         client = lease.waiting.submit.client
         del self._of[client][request_id]
@@ -140,8 +133,8 @@ class Leases:
         assert not self._on.pop(replica, None), f"requests are still granted to {replica}"
 
     def check(self) -> None:
-        listed = {request_id for request_id, lease in self._unconfirmed if self._leases.get(request_id) is lease}
-        assert {request_id for request_id, lease in self._leases.items() if not lease.confirmed} <= listed
+        unconfirmed = {request_id: lease for request_id, lease in self._leases.items() if not lease.confirmed}
+        assert unconfirmed == dict(self._unconfirmed)
         assert {r for requests in self._on.values() for r in requests} == set(self._leases)
         assert {r for requests in self._of.values() for r in requests} == set(self._leases)
         assert all(lease.held >= 0 and lease.owed >= 0 for lease in self._leases.values())
