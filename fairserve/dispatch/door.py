@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 from fairserve.dispatch.budgets import Budgets
 from fairserve.dispatch.controls import Controls
-from fairserve.dispatch.drain import DrainRate, retry_after_s
+from fairserve.dispatch.drain import DrainRate, DrainRates, retry_after_s
 from fairserve.dispatch.leases import Waiting
 from fairserve.dispatch.limits import DispatchLimits
 from fairserve.dispatch.messages import Submit
@@ -38,7 +38,7 @@ class Door:
         self._budgets = budgets
         self._rates = Rates()
         self._drain = DrainRate()
-        self._client_drain: dict[str, DrainRate] = {}
+        self._client_drain = DrainRates()
 
     def refuse(self, submit: Submit, is_first: bool, now_s: float) -> Refused | None:
         """Why a new request may not enter, or None. ``is_first``: it begins an interaction."""
@@ -86,8 +86,7 @@ class Door:
         limit = self._max_waiting(submit)
         num = room.num_waiting(client)
         if num >= limit:
-            drain = self._client_drain.get(client)
-            return ClientQueueFull(client, num, limit, retry_after_s(1, drain.per_s(now_s) if drain else 0.0))
+            return ClientQueueFull(client, num, limit, retry_after_s(1, self._client_drain.per_s(client, now_s)))
         share = limits.max_waiting / (room.num_clients + (num == 0))
         if len(room) >= limits.max_waiting and (num >= share or len(room) >= 2 * limits.max_waiting):
             return ClusterQueueFull(len(room), limits.max_waiting, retry_after_s(1, self._drain.per_s(now_s)))
@@ -107,7 +106,7 @@ class Door:
             self._rates.take_back((client,), accepted_s)
 
     def forget(self, client: str) -> None:
-        self._client_drain.pop(client, None)
+        self._client_drain.forget(client)
 
     def granted(self, waits: Collection[tuple[str, float]], now_s: float) -> None:
         """Requests were granted: of which clients, after how many seconds."""
@@ -115,9 +114,4 @@ class Door:
             for _, waited_s in waits:
                 self._throttle.overload.waited(waited_s, now_s)
         self._drain.count(now_s, len(waits))
-        drains = self._client_drain
-        for client, _ in waits:
-            drain = drains.get(client)
-            if drain is None:
-                drain = drains[client] = DrainRate()
-            drain.count(now_s)
+        self._client_drain.count([client for client, _ in waits], now_s)

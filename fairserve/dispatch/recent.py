@@ -19,6 +19,8 @@ SHARE_S = 60
 """Seconds over which shares of service are compared."""
 WAIT_TAU_S = 30.0
 MOST_SEEN = 100_000
+LONGEST_S = 100 * WAIT_TAU_S
+"""From the origin of weights on: no weight comes near the largest float."""
 LEAST_WEIGHT = 0.01
 """A mean wait whose newest grant weighs less (about 140 s ago) is no longer of late."""
 
@@ -65,16 +67,11 @@ class WindowSums:
 
 @dataclass(slots=True)
 class _Waits:
-    """Waits of one client, each weighing less by 1/e for every ``WAIT_TAU_S`` since."""
+    """Waits of one client, each weighing exp((time - origin) / ``WAIT_TAU_S``): less by 1/e for every ``WAIT_TAU_S``
+    that it lies further back."""
 
     sum_s: float
     weight: float
-    at_s: float
-
-    def fade(self, now_s: float) -> None:
-        if now_s > self.at_s:
-            left = exp((self.at_s - now_s) / WAIT_TAU_S)
-            self.sum_s, self.weight, self.at_s = self.sum_s * left, self.weight * left, now_s
 
 
 class Recent:
@@ -86,6 +83,8 @@ class Recent:
         """Service / weight of the members of the top level."""
         self._tokens = WindowSums(RATE_S)
         self._waits: dict[str, _Waits] = {}
+        self._origin_s = 0.0
+        """Of their weights."""
         self._waiting_since: dict[str, float] = {}
         """Members of the top level that wait."""
         self._seen_s: dict[str, float] = {}
@@ -126,15 +125,16 @@ class Recent:
 
     def granted(self, granted: Iterable[tuple[str, float]], now_s: float) -> None:
         """Of which clients, after how many seconds."""
+        if now_s - self._origin_s > LONGEST_S:
+            self._forget(now_s)
+        weight, of = exp((now_s - self._origin_s) / WAIT_TAU_S), self._waits
         for client, waited_s in granted:
-            waits = self._waits.get(client)
+            waits = of.get(client)
             if waits is None:
-                self._waits[client] = _Waits(waited_s, 1.0, now_s)
+                of[client] = _Waits(waited_s * weight, weight)
             else:
-                if now_s != waits.at_s:
-                    waits.fade(now_s)
-                waits.sum_s += waited_s
-                waits.weight += 1.0
+                waits.sum_s += waited_s * weight
+                waits.weight += weight
 
     def refused(self, client: str, now_s: float) -> None:
         self.num_refused[client] = self.num_refused.get(client, 0) + 1
@@ -186,8 +186,8 @@ class Recent:
         waits = self._waits.get(client)
         if waits is None:
             return 0.0
-        waits.fade(now_s)
-        return waits.sum_s / waits.weight if waits.weight >= LEAST_WEIGHT else 0.0
+        weight = waits.weight * exp((self._origin_s - now_s) / WAIT_TAU_S)
+        return waits.sum_s / waits.weight if weight >= LEAST_WEIGHT else 0.0
 
     def seen_s(self, client: str) -> float | None:
         """When it last had a request, to the second; by the authority's clock."""
@@ -215,6 +215,8 @@ class Recent:
         return min(float(RATE_S), max(1.0, now_s - self._began_s))
 
     def _forget(self, now_s: float) -> None:
+        """Waits that weigh next to nothing; the others weigh what they do now."""
+        left, self._origin_s = exp((self._origin_s - now_s) / WAIT_TAU_S), now_s
         for waits in self._waits.values():
-            waits.fade(now_s)
+            waits.sum_s, waits.weight = waits.sum_s * left, waits.weight * left
         self._waits = {client: waits for client, waits in self._waits.items() if waits.weight >= LEAST_WEIGHT}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
-from fairserve.dispatch.drain import DrainRate, retry_after_s
+from fairserve.dispatch.drain import DrainRate, DrainRates, retry_after_s
 
 
 def test_a_steady_rate_is_measured_right_from_the_start() -> None:
@@ -49,3 +51,18 @@ def test_retry_after_stays_within_reason() -> None:
     assert retry_after_s(1, 1_000.0) == 1
     assert retry_after_s(1_000_000, 0.001) == 600
     assert retry_after_s(1, 0.0) == 5
+
+
+@pytest.mark.parametrize("pause_s", [0.3, 40.0, 2_000.0])
+def test_the_rates_of_many_are_those_that_each_would_have_alone(pause_s: float) -> None:
+    rng, rates, alone, now_s = random.Random(0), DrainRates(), {name: DrainRate() for name in "abc"}, 1.7e9
+    for _ in range(300):
+        now_s += rng.random() * pause_s
+        granted = rng.choices("abc", weights=(1, 2, 6), k=rng.randrange(4))
+        rates.count(granted, now_s)
+        for name in granted:
+            alone[name].count(now_s)
+        for name, drain in alone.items():
+            assert rates.per_s(name, now_s + 1.0) == pytest.approx(drain.per_s(now_s + 1.0), rel=1e-6, abs=1e-12)
+    rates.forget("a")
+    assert rates.per_s("a", now_s) == rates.per_s("nobody", now_s) == 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -76,6 +77,15 @@ def test_the_mean_wait_forgets_with_its_time_constant_and_in_the_end_all() -> No
     recent.tick(0.0)
     recent.tick(5_000.0)
     assert not recent._waits
+
+
+def test_the_mean_wait_is_right_however_long_the_service_runs() -> None:
+    recent, now_s = Recent(), 1.7e9
+    for _ in range(50):
+        now_s += 1_000.0
+        recent.granted([("ann", 8.0)], now_s)
+        recent.granted([("ann", 4.0)], now_s + 30.0)
+        assert recent.mean_wait_s("ann", now_s + 40.0) == pytest.approx((8.0 / math.e + 4.0) / (1 / math.e + 1.0))
 
 
 def test_only_clients_that_waited_throughout_the_last_minute_are_compared() -> None:
