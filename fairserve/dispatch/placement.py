@@ -42,10 +42,11 @@ class Placement:
 
         A request is passed over by later ones of its client as long as it has not waited twice as long as they.
         """
-        window, queue = self._queue.policy.window, self._queue
+        queue = self._queue
         roomiest = self._capacity.best_for(1, now_s) if self.looks_at_prefixes else None
         if roomiest is None:
             return queue.peek()
+        window = queue.policy.window
         num_clients = queue.backlog.num_clients
         if not num_clients:
             return None

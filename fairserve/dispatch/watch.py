@@ -35,7 +35,8 @@ class Watch:
         for node, charged, owes in zip(path_of(client), charge, owed, strict=True):
             held = unserved[node] = unserved.get(node, 0.0) + charged
             owing = all_owed[node] = all_owed.get(node, 0.0) + owes
-            self._bounds(group_of(node)).saw_grant(charged, owing, held)
+            bounds = self.bounds.get(group_of(node)) or self._bounds(group_of(node))
+            bounds.saw_grant(charged, owing, held)
 
     def gave_back(self, client: str, charge: Amounts) -> None:
         """Served, so that the replicas' totals hold it from now on, or returned."""
