@@ -114,6 +114,12 @@ FIGURES = (
     ),
     _module("interactions", "FairServe's comparison: RPM against throttled interactions", 10),
     _module("scale", "one dispatcher with 100,000 clients and 1,000 replicas: decisions/s, bytes", 8),
+    Figure(
+        "decisions",
+        "decisions/s with 8 and 64 replicas, once every one of 10,000 waiting clients had its turn",
+        f"{PYTHON} -m benchmarks.scale --decisions --policies vtc",
+        2,
+    ),
     _module("reads", "what ten dashboards cost the counter actor: reports' time, p99", 3),
     _module(
         "streaming",

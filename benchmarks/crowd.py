@@ -109,9 +109,12 @@ class Crowd:
 
     # -- the rounds ---------------------------------------------------------------------------------------------------
 
-    def run(self, num_grants: int, num_steps: int = 3, max_rounds: int = 50) -> None:
-        """Rounds until so many grants are timed, after one to warm up."""
+    def run(self, num_grants: int, num_steps: int = 3, max_rounds: int = 50, num_before: int = 0) -> None:
+        """Rounds until so many grants are timed, after one to warm up, or as many as ``num_before`` grants take: as
+        long as not everybody had a turn, clients are picked in the order in which they lie in memory."""
         self._round(num_steps)
+        while self.grants.num < num_before:
+            self._round(num_steps)
         for work in (self.grants, self.submits, self.started, self.steps, self.finished):
             work.num, work.cpu_s, work.rounds = 0, 0.0, []
         for _ in range(max_rounds):

@@ -1,11 +1,13 @@
 """How much can one authority decide? A Dispatcher with 100,000 known and 10,000 waiting clients and 1,000 replicas.
 
     python -m benchmarks.scale [--quick] [--policies vtc vtc+moving_mean dlpm] [--out out/scale.json]
+    python -m benchmarks.scale --decisions [--quick] [--policies vtc]
 
 CPU time of one process, in microseconds per event and events per second: a grant (pick, charge, lease), a submit, a
 replica's report of a step (32 requests run there), and the reports in which requests start and finish. Then how a grant
 grows with waiting clients and with replicas, what a client costs in bytes, how long one call can block the others, and
-how long a save holds up the event loop while it writes to a SQLite file.
+how long a save holds up the event loop while it writes to a SQLite file. ``--decisions``: grants alone, with 8 and 64
+replicas, once every client had its turn.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from fairserve.fairness.hierarchy import forget_paths
 POLICIES = ("vtc", "vtc+moving_mean", "dlpm")
 FULL = Size(num_known=100_000, num_waiting=10_000, num_replicas=1_000)
 CLIENTS, REPLICAS = (1_000, 10_000, 100_000), (10, 100, 1_000)
+FEW_REPLICAS = (8, 64)
 STEPS_PER_S = 30
 """Of a replica: how many it makes, and so how many reports it would send at the most."""
 
@@ -55,6 +58,18 @@ def speed(size: Size, num_grants: int) -> Row:
     row |= saves(crowd)
     crowd.dispatcher.check()
     return row
+
+
+def decisions(policy: str, part: int, num_grants: int) -> list[Row]:
+    """A grant with few replicas, whose rounds are short, and with more; ``part``: one of so many."""
+    rows = []
+    for num_replicas in FEW_REPLICAS:
+        crowd = Crowd(Size(FULL.num_known // part, FULL.num_waiting // part, num_replicas, policy))
+        crowd.run(num_grants, num_steps=1, max_rounds=10_000, num_before=FULL.num_waiting // part)
+        row: Row = {"policy": policy, "levels": 1, "waiting": crowd.size.num_waiting, "replicas": num_replicas}
+        rows.append(row | {"grant_us": _median_us(crowd.grants), "grant_per_s": 1e6 / _median_us(crowd.grants)})
+        crowd.dispatcher.check()
+    return rows
 
 
 def pauses(crowd: Crowd) -> Row:
@@ -226,6 +241,7 @@ SPEED = {
     "replicas_per_core": "replicas per core",
 }
 GROWTH = {key: SPEED[key] for key in ("policy", "levels", "waiting", "replicas", "grant_us", "grant_per_s", "step_us")}
+DECISIONS = {key: SPEED[key] for key in ("policy", "waiting", "replicas", "grant_us", "grant_per_s")}
 PAUSES = {
     "policy": "policy",
     "levels": "levels",
@@ -261,10 +277,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--policies", nargs="+", default=POLICIES, help=f"default {' '.join(POLICIES)}")
     parser.add_argument("--quick", action="store_true", help="a tenth of everything: shows that it runs")
     parser.add_argument("--grants", type=int, default=64_000, help="timed grants per setting (default 64,000)")
+    parser.add_argument("--decisions", action="store_true", help="only grants, with 8 and 64 replicas; writes nothing")
     parser.add_argument("--out", type=Path, default=Path("out/scale.json"))
     options = parser.parse_args(argv)
     part = 10 if options.quick else 1
     num_grants = options.grants // part
+    if options.decisions:
+        print(table([row for policy in options.policies for row in decisions(policy, part, num_grants)], DECISIONS))
+        return 0
 
     def size(policy: str, levels: int, waiting: int, replicas: int, known: int = 0) -> Size:
         return Size(max(known, waiting) // part, waiting // part, max(1, replicas // part), policy, levels)

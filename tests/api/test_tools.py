@@ -319,7 +319,6 @@ async def test_a_forced_call_comes_with_its_grammar(
     assert (grammar.kind, '"time"' in grammar.text) == ("lark", True)
 
 
-@pytest.mark.skipif(not CAN_BE_FORCED, reason="the engine cannot be held to a grammar")
 async def test_an_answer_of_another_form_leaves_no_room_for_calls(http: httpx.AsyncClient) -> None:
     form = {"response_format": {"type": "json_object"}}
     assert (await refused(http, GOOD | form))["param"] == "tools"
