@@ -72,8 +72,7 @@ class Door:
         until all of it is free."""
         client, limit = submit.client, self._max_waiting(submit)
         num = self._room.num_waiting(client)
-        drain = self._client_drain.get(client)
-        reset_s = retry_after_s(num, drain.per_s(now_s) if drain else 0.0, least_s=0.0) if num else 0.0
+        reset_s = retry_after_s(num, self._client_drain.per_s(client, now_s), least_s=0.0) if num else 0.0
         rate = self._controls.of(client).requests_per_min
         if rate is not None:
             num_recent = self._rates.num_recent((client,), now_s)

@@ -95,8 +95,8 @@ class Backlog(Generic[Item]):
     def entries(self) -> Iterator[tuple[str, str, float, Item]]:
         """Client, request id, place and item of every request, in no order; the queue must not change meanwhile."""
         for client, line in self._lines.items():
-            for entry in filter(self._is_live, line.heap):
-                yield client, entry[2], entry[0], self._items[entry[2]][2]
+            for place, _, ticket in filter(_waits, line.heap):
+                yield client, ticket.request_id, place, ticket.item
 
     def pop(self, client: str) -> Item:
         """Take out the client's first request. The client must wait."""
