@@ -214,11 +214,10 @@ class CounterConfig(Strict):
     """Seconds a long poll for grants stays open when there is nothing to grant; below call_timeout_s."""
     heartbeat_s: Annotated[float, Field(gt=0, le=10)] = 0.5
     """Seconds between reports of an idle replica."""
-    reports_per_node: Literal["auto", "one", "each"] = "auto"
+    reports_per_node: Literal["each", "one"] = "each"
     """each: every replica reports to the counter actor by itself. one: replicas that share a node report together, by
-    way of a small actor there, with one call every 20 ms: half the CPU of the counter actor, for 1 ms of the node's for
-    each report and some 20 ms more until it knows (`benchmarks.control`). auto: one where the service may have 32
-    replicas or more."""
+    way of a small actor there, with one call every 20 ms: less CPU of the counter actor, for 1 ms of the node's for a
+    report and some 20 ms more until it knows. Only where the nodes have CPUs to spare (`benchmarks.control`)."""
     store: Annotated[str, Field(min_length=1)] | None = "session"
     """Where counters, history, what was changed live and who changed it outlive the actor. A path: SQLite file on the
     node of the actor. session: the same in Ray's session directory, which does not outlive the Ray cluster.

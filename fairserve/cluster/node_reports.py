@@ -43,10 +43,6 @@ REMEMBERED_S = 90.0
 whether they are alone must find each other."""
 IDLE_S = 120.0
 """Seconds without any report after which the node's actor ends itself."""
-MANY_REPLICAS = 32
-"""``counter.reports_per_node`` auto: from so many replicas on. A report that comes by itself costs the counter actor
-1.2 to 1.3 ms of CPU: one core is enough for 26 replicas at 30 steps/s."""
-
 SendAll = Callable[[tuple[StepReport, ...]], Awaitable[tuple[ReportReply, ...]]]
 
 
@@ -214,15 +210,7 @@ def way_of_reports(
     args: FairServeArgs, straight: CounterTransport, clock: Clock, group: str | None = None
 ) -> CounterTransport:
     """How a replica reaches the counter actor by these settings; ``group``: see :func:`start_node_reports`."""
-    if not is_together(args):
+    if args.counter.reports_per_node == "each":
         return straight
     timeout_s = SHARE * args.counter.call_timeout_s
     return NodeTransport(straight, lambda: start_node_reports(args.counter, group), timeout_s, clock)
-
-
-def is_together(args: FairServeArgs) -> bool:
-    """Whether the replicas of a node report together."""
-    if args.counter.reports_per_node != "auto":
-        return args.counter.reports_per_node == "one"
-    most = args.num_replicas if args.autoscaling is None else args.autoscaling.max_replicas
-    return most >= MANY_REPLICAS
