@@ -246,7 +246,7 @@ class Sampled(Body):
     include_stop_str_in_output: bool = False
     prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     """vLLM's: alternatives for each token of the prompt. Not with a stream."""
-    response_format: output_rules.ResponseFormat = None
+    response_format: output_rules.ResponseFormat | None = None
     """Text, any JSON object, or what fits a JSON Schema."""
     structured_outputs: output_rules.StructuredOutputs | None = None
     """vLLM's: one of json (a schema), regex, choice, grammar and json_object."""

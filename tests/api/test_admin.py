@@ -272,6 +272,7 @@ async def test_the_openai_routes_are_described_apart_and_for_everybody(house: Ho
         "/v1/chat/completions",
         "/v1/completions",
         "/v1/embeddings",
+        "/v1/responses",
         "/tokenize",
         "/detokenize",
         "/v1/models",

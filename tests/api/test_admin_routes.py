@@ -24,6 +24,7 @@ ASK_FOR_A_KEY = {
     "/v1/chat/completions",
     "/v1/completions",
     "/v1/embeddings",
+    "/v1/responses",
     "/tokenize",
     "/detokenize",
     "/v1/models",

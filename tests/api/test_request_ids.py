@@ -65,5 +65,5 @@ def test_there_is_no_route_by_which_a_request_could_be_named_and_ended() -> None
     deletes = {route.path for route in routes if "DELETE" in (getattr(route, "methods", None) or ())}
     assert deletes == {"/keys/{id}"}
     posts = {route.path for route in routes if "POST" in (getattr(route, "methods", None) or ())}
-    served = {"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/tokenize", "/detokenize"}
+    served = {"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/tokenize", "/detokenize"}
     assert posts == served | {"/keys"}
