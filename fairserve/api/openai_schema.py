@@ -255,7 +255,7 @@ class Sampled(Body):
     guided_choice: output_rules.GuidedChoice | None = None
     guided_grammar: output_rules.GuidedGrammar | None = None
     """In Lark as llguidance has it, or in GBNF."""
-    logit_bias: output_rules.LogitBias = ()
+    logit_bias: Annotated[output_rules.LogitBias, Field(json_schema_extra={"default": {}})] = ()
     """Token id, as a string -> what is added to its logit, -100 to 100."""
     allowed_token_ids: output_rules.TokenIds | None = None
     """No others are drawn, the end of the text included."""

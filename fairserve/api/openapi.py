@@ -221,8 +221,12 @@ def _as_read(kind: type[Body], schema: Json) -> Json:
     """``null`` means left out, and what is not supported may ask for nothing."""
     required, null = schema.get("required", []), {"type": "null"}
     properties = {
-        name: one if name in required or null in one.get("anyOf", ()) else {"anyOf": [one, null]}
+        name: one if name in required or null in one.get("anyOf", ()) else {"anyOf": [_without_null(one), null]}
         for name, one in schema["properties"].items()
     }
     neutral = {name: {"enum": [*values, None]} for name, values in kind.unsupported.items()}
     return schema | {"properties": properties | neutral}
+
+
+def _without_null(schema: Json) -> Json:
+    return {word: value for word, value in schema.items() if (word, value) != ("default", None)}
