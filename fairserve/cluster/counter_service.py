@@ -131,18 +131,22 @@ class CounterService:
 
     async def report(self, report: StepReport) -> ReportReply:
         """A replica's totals and events; see :meth:`Dispatcher.report`."""
-        reply = self.dispatcher.report(report, self._now_s(), self._upkeep.saved_of(report))
+        reply = self._report(report, self._now_s())
         self._wake_routers()
-        if report.epoch != reply.epoch:
-            reply = replace(reply, fairness=self._authority.args.fairness.model_dump_json())
         return reply
 
     async def reports(self, reports: tuple[StepReport, ...]) -> tuple[ReportReply, ...]:
         """Those of several replicas; the reply to each."""
-        now_s, saved_of = self._now_s(), self._upkeep.saved_of
-        replies = tuple([self.dispatcher.report(report, now_s, saved_of(report)) for report in reports])
+        now_s = self._now_s()
+        replies = tuple([self._report(report, now_s) for report in reports])
         self._wake_routers()
         return replies
+
+    def _report(self, report: StepReport, now_s: float) -> ReportReply:
+        reply = self.dispatcher.report(report, now_s, self._upkeep.saved_of(report))
+        if report.epoch != reply.epoch:
+            return replace(reply, fairness=self._authority.args.fairness.model_dump_json())
+        return reply
 
     # -- for people ---------------------------------------------------------------------------------------------------
 

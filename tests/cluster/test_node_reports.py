@@ -6,7 +6,7 @@ import asyncio
 import logging
 import pickle
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -137,6 +137,14 @@ async def test_reports_that_come_soon_after_a_call_wait_for_one_another(actor: A
     third = asyncio.ensure_future(node.reports.report(report(1, "c")))
     await asyncio.gather(second, third)
     assert [[one.replica for one in batch] for batch in actor.batches] == [["a"], ["b", "c"]]
+
+
+async def test_each_replica_of_a_call_is_told_the_settings_in_force() -> None:
+    service = CounterService(ARGS.model_dump_json())
+    replies = await service.reports((report(1, "a"), report(1, "b")))
+    assert [reply.fairness for reply in replies] == [ARGS.fairness.model_dump_json()] * 2
+    (again,) = await service.reports((replace(report(2, "a"), epoch=replies[0].epoch),))
+    assert again.fairness == ""
 
 
 async def test_a_report_that_goes_both_ways_counts_once(actor: Actor, node: Node) -> None:
