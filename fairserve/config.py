@@ -477,6 +477,9 @@ class ApiConfig(Strict):
     service_tiers: dict[ServiceTier, PositiveFloat] = {}
     """Tier -> factor on the weight of a client whose key may ask for it, such as {flex: 0.5, priority: 2}. Whatever
     else is asked for is served as "default"."""
+    keep_alive_s: PositiveFloat | None = 10.0
+    """A stream that has begun and says nothing for so long, or up to twice as long, gets a comment, which clients skip:
+    what stands between takes a silent connection for a dead one. null: none."""
     request_timeout_s: PositiveFloat = 3600.0
     """Seconds that a request, once read and tokenized, may wait and run; then it is cancelled."""
     multiplex: bool = True

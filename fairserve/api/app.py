@@ -137,6 +137,14 @@ async def _generate(
             await response(scope, receive, send)
             return
         events = answer if isinstance(answer, ResponsesAnswer) else streaming.Events(answer, job.include_usage)
-        await streaming.stream(events, batches, deadline, headers, request_id=request_id_of(request), send=send)
+        await streaming.stream(
+            events,
+            batches,
+            deadline,
+            headers,
+            request_id=request_id_of(request),
+            keep_alive_s=service.keep_alive_s,
+            send=send,
+        )
 
     return streaming.WatchedResponse(respond)

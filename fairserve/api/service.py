@@ -103,6 +103,7 @@ class OpenAIService:
         self.model_name = args.model_name
         self.max_body_bytes = args.api.max_body_bytes
         self.read_timeout_s = args.api.read_timeout_s
+        self.keep_alive_s = args.api.keep_alive_s
         self._pooling = None if args.engine.pooling == "off" else args.engine.pooling
         self._limits = args.api.model_copy(update={"keys": (), "admin_keys": ()})
         self.deployed = self._identities = Identities.from_config(args.api, environ)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, aclosing
+from contextlib import AbstractAsyncContextManager, aclosing, suppress
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ from fairserve.api.merging import Batch
 from fairserve.engine.request import RequestOutput, joined
 
 DONE = b"data: [DONE]\n\n"
+COMMENT = b": keep-alive\n\n"
 MARK = "\0text\0"
 """Stands for a token's text. Nothing else in an event can hold it: NUL is in no name."""
 STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -129,6 +130,7 @@ async def stream(
     headers: AnswerHeaders,
     *,
     request_id: str,
+    keep_alive_s: float | None,
     send: Send,
 ) -> None:
     """Send events as outputs come; everything that is ready at the same time goes out in one write.
@@ -137,26 +139,55 @@ async def stream(
         Exception: whatever ended ``batches``, if nothing was sent yet.
     """
     last: dict[int, RequestOutput] = {}
-    is_started = False
+    pulse: Pulse | None = None
     try:
         async with deadline, aclosing(batches):
             async for batch in batches:
-                if not is_started:
-                    is_started = True
+                if pulse is None:
                     headers.saw(batch)
                     await send(_start(headers.first(batch)))
+                    pulse = Pulse(send, keep_alive_s)
                 last |= batch
                 if data := events.of(batch):
-                    await send(_body(data))
+                    await pulse.send(data)
     except ClientDisconnect:
         raise
     except Exception as error:
-        if not is_started:
+        if pulse is None:
             raise
         end = events.failed(describe(error, request_id))
     else:
         end = events.end(last)
+    finally:
+        if pulse is not None:
+            await pulse.stop()
     await send(_body(end, more=False))
+
+
+class Pulse:
+    """Sends a stream's events, and comments where it is silent."""
+
+    def __init__(self, send: Send, every_s: float | None) -> None:
+        self._send = send
+        self._is_silent = True
+        self._beating = None if every_s is None else asyncio.create_task(self._beat(every_s))
+
+    async def send(self, data: bytes) -> None:
+        self._is_silent = False
+        await self._send(_body(data))
+
+    async def stop(self) -> None:
+        if self._beating is not None:
+            self._beating.cancel()
+            await asyncio.gather(self._beating, return_exceptions=True)
+
+    async def _beat(self, every_s: float) -> None:
+        while True:
+            await asyncio.sleep(every_s)
+            if self._is_silent:
+                with suppress(ClientDisconnect):  # whoever reads the caller's side ends the stream
+                    await self._send(_body(COMMENT))
+            self._is_silent = True
 
 
 def _start(more: dict[str, str]) -> Message:
