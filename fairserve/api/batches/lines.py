@@ -11,11 +11,13 @@ from typing import Any
 
 from pydantic_core import from_json
 
+from fairserve.api.embeddings import EmbeddingRequest
 from fairserve.api.openai_schema import ChatRequest, CompletionRequest
 
-ENDPOINTS: dict[str, type[ChatRequest] | type[CompletionRequest]] = {
+ENDPOINTS: dict[str, type[ChatRequest] | type[CompletionRequest] | type[EmbeddingRequest]] = {
     "/v1/chat/completions": ChatRequest,
     "/v1/completions": CompletionRequest,
+    "/v1/embeddings": EmbeddingRequest,
 }
 """What lines may ask for, and the body of each."""
 MAX_ID_CHARS = 512

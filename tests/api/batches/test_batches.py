@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import struct
 from typing import Any
 
 import openai
 import pytest
 
-from fairserve.engine.request import GenerateRequest
+from fairserve.engine.request import GenerateRequest, RequestOutput, Usage
 from fairserve.errors import ClientQueueFull, ModelFailed, ReplicaDied
 from tests.api.batches.conftest import DAWN_S, Ingress, IngressMaker, chat_line
 from tests.api.scripted import Step, words
@@ -43,6 +44,25 @@ async def test_completions_are_run_too(ingress: Ingress) -> None:
     await ingress.work()
     done = await ingress.client().batches.retrieve(batch.id)
     assert (await ingress.results(done))["a"]["response"]["body"]["object"] == "text_completion"
+
+
+@pytest.mark.parametrize(("pooling", "status"), [("mean", 200), (None, 400)])
+async def test_embeddings_are_run_too(ingress: Ingress, pooling: Any, status: int) -> None:
+    ingress.batches._service._pooling = pooling
+    ingress.backend.script = lambda request: [
+        RequestOutput(
+            request.request_id, "", (), Usage(1, 0, 0), finish_reason="length", embedding=struct.pack("<2f", 0.6, 0.8)
+        )
+    ]
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/embeddings", "body": {"model": "tiny", "input": "x"}}
+    batch = await ingress.batch(line, endpoint="/v1/embeddings")
+    await ingress.work()
+    answer = (await ingress.results(await ingress.client().batches.retrieve(batch.id)))["a"]["response"]
+    assert answer["status_code"] == status
+    if pooling is None:
+        assert answer["body"]["error"]["code"] == "embeddings_off"
+    else:
+        assert answer["body"]["data"][0]["embedding"] == pytest.approx([0.6, 0.8])
 
 
 async def test_a_line_with_a_wrong_body_is_an_error_line_and_the_others_go_on(ingress: Ingress) -> None:
