@@ -13,7 +13,7 @@ from fairserve.api.openai_schema import Body, ChatRequest
 from fairserve.api.tool_answers import NewParser
 from fairserve.api.tool_calls import CallParser
 from fairserve.api.tool_formats import FORMATS, Format, format_of
-from fairserve.api.tool_grammar import grammar_of
+from fairserve.api.tool_grammar import grammar_of, grammar_of_either
 from fairserve.api.tools import Toolbox
 from fairserve.config import FairServeArgs
 from fairserve.engine.request import Grammar, SamplingParams
@@ -50,30 +50,35 @@ class Chats:
             is_continued=body.continue_final_message,
         )
 
-    def forced(self, body: Body) -> dict[str, Grammar]:
-        """What an output must be that has to call a function, by the field that says so."""
-        toolbox = body.toolbox if isinstance(body, ChatRequest) else None
-        if toolbox is None or not toolbox.choice.must_call:
-            return {}
-        return {"tools": grammar_of(self._known_format(), toolbox)}
-
-    def sampling(self, body: Body, sampling: SamplingParams) -> SamplingParams:
-        """``sampling``, such that calls can be read and, where one must be made, that it is.
+    def shaped(self, body: Body) -> dict[str, Grammar]:
+        """What an output must be in which functions have a say, by the field that says so.
 
         Raises:
-            InvalidRequest: the answer must have another form than a call's, and calls are allowed.
+            InvalidRequest: the answer must have a form that leaves no room for the calls that are allowed.
         """
-        if not isinstance(body, ChatRequest) or body.toolbox is None:
-            return sampling
-        if sampling.grammar is not None:
+        toolbox = body.toolbox if isinstance(body, ChatRequest) else None
+        if not isinstance(body, ChatRequest) or toolbox is None:
+            return {}
+        if toolbox.choice.must_call:
+            return {"tools": grammar_of(self._known_format(), toolbox)}
+        answer = next(iter(body.grammars.values()), None)
+        if answer is None:
+            return {}
+        either = grammar_of_either(self._known_format(), toolbox, answer)
+        if either is None:
             detail = (
                 "tools: the answer must have a form of its own, in which nothing can be called: send tool_choice 'none'"
             )
             raise InvalidRequest(detail, param="tools", code="unsupported_field")
+        return {"tools": either}
+
+    def sampling(self, body: Body, sampling: SamplingParams) -> SamplingParams:
+        """``sampling``, such that calls can be read and, where one must be made, that it is."""
+        if not isinstance(body, ChatRequest) or body.toolbox is None:
+            return sampling
         if self._shows_special:
             sampling = replace(sampling, skip_special_tokens=False)
-        forced = self.forced(body)
-        return replace(sampling, grammar=forced["tools"]) if forced else sampling
+        return replace(sampling, grammar=self.shaped(body).get("tools"))
 
     def parsers(self, toolbox: Toolbox) -> NewParser:
         """What reads the answers to a request with this toolbox."""

@@ -230,8 +230,8 @@ def only_one(asked: Mapping[str, Grammar]) -> None:
         raise _refuse("wrong_format", f"cannot be given together with {first}: give one of them", second)
 
 
-async def check(body: Ruled, num_tokens: int, forced: Mapping[str, Grammar]) -> None:
-    """Whether it can be done; ``num_tokens``: the size of the vocabulary; ``forced``: more grammars, by field.
+async def check(body: Ruled, num_tokens: int, shaped: Mapping[str, Grammar]) -> None:
+    """Whether it can be done; ``num_tokens``: the size of the vocabulary; ``shaped``: more grammars, by field.
 
     Raises:
         InvalidRequest: a token id is unknown, or the grammar does not compile.
@@ -241,7 +241,7 @@ async def check(body: Ruled, num_tokens: int, forced: Mapping[str, Grammar]) -> 
         if token_ids and max(token_ids) >= num_tokens:
             detail = f"{field}: token ids must be below {num_tokens}, the size of the vocabulary, not {max(token_ids)}"
             raise InvalidRequest(detail[:200], param=field)
-    for field, grammar in {**body.grammars, **forced}.items():
+    for field, grammar in {**body.grammars, **shaped}.items():
         try:
             if not grammars.is_checked(grammar):
                 await asyncio.get_running_loop().run_in_executor(grammars.COMPILING, grammars.check, grammar)

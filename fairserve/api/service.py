@@ -194,7 +194,7 @@ class OpenAIService:
         if isinstance(body, EmbeddingRequest) and self._pooling is None:
             detail = "this service makes no embeddings: its setting engine.pooling is off (mean and last make them)"
             raise InvalidRequest(detail, code="embeddings_off")
-        await output_rules.check(body, self._prompts.num_tokens, self._chats.forced(body))
+        await output_rules.check(body, self._prompts.num_tokens, self._chats.shaped(body))
         if isinstance(body, ChatRequest):
             self._check_choices(1, body.n)
             how = self._chats.rendering(body)

@@ -1,4 +1,5 @@
-"""The grammar of an answer that must call a function, in the way in which the model writes calls."""
+"""The grammar of an answer that must call a function, or may in place of an answer of a given form; calls are written
+as the model writes them."""
 
 from __future__ import annotations
 
@@ -31,6 +32,17 @@ def grammar_of(written: Format, toolbox: Toolbox) -> Grammar:
     if is_list:
         call = {"type": "array", "items": call, "minItems": 1} | ({"maxItems": 1} if is_one else {})
     return Grammar("json_schema", json.dumps(call))
+
+
+def grammar_of_either(written: Format, toolbox: Toolbox, answer: Grammar) -> Grammar | None:
+    """Calls, as :func:`grammar_of` has them, or an ``answer`` of JSON; None where the two cannot be told apart so."""
+    if answer.kind not in ("json_schema", "json_object") or written.opening:
+        return None
+    calls = grammar_of(written, toolbox)
+    schema = answer.text or '{"type": "object"}'
+    if calls.kind == "json_schema":
+        return Grammar("lark", f"start: call | answer\ncall: %json {calls.text}\nanswer: %json {schema}\n")
+    return Grammar("lark", calls.text.replace("start: ", "start: answer | ", 1) + f"answer: %json {schema}\n")
 
 
 def _call(function: Function, key: str, place: str) -> Json:

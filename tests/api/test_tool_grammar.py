@@ -10,7 +10,7 @@ import pytest
 from fairserve.api.openai_schema import Tool
 from fairserve.api.tool_calls import CallParser
 from fairserve.api.tool_formats import FORMATS
-from fairserve.api.tool_grammar import grammar_of
+from fairserve.api.tool_grammar import grammar_of, grammar_of_either
 from fairserve.api.tools import Choice, Toolbox
 from fairserve.engine.request import Grammar
 from tests.api.tool_kit import TIME, WEATHER, told
@@ -76,6 +76,27 @@ def test_a_forced_call_is_one_that_the_parser_reads(form: str) -> None:
         assert told(parser.push(text) + parser.finish()) == ("", [(name, json.dumps(right))])
     assert not is_taken(grammar, "Certainly!")
     assert not is_taken(grammar, written(form, "rm", {}))
+
+
+@pytest.mark.parametrize("form", ["hermes", "llama3_json"])
+@pytest.mark.parametrize("kind", ["json_schema", "json_object"])
+def test_an_answer_in_json_may_stand_in_place_of_a_call(form: str, kind: Any) -> None:
+    box = toolbox(WEATHER, TIME, DRAW)
+    answer = Grammar(kind, json.dumps(POINT) if kind == "json_schema" else "")
+    grammar = grammar_of_either(FORMATS[form], box, answer)
+    assert grammar is not None
+    for text in (written(form, "time", {}), written(form, "draw", {"at": {"x": 1}}), '{"x": 1}'):
+        assert is_taken(grammar, text), grammar.text
+    assert is_taken(grammar, '{"y": 1}') == (kind == "json_object")
+    for text in ("Certainly!", "[]"):
+        assert not is_taken(grammar, text)
+    if form == "hermes":
+        assert not is_taken(grammar, written(form, "rm", {}))
+
+
+def test_nothing_may_stand_in_place_of_calls_that_cannot_be_told_from_it() -> None:
+    assert grammar_of_either(FORMATS["mistral"], toolbox(TIME), Grammar("json_object")) is None
+    assert grammar_of_either(FORMATS["hermes"], toolbox(TIME), Grammar("choice", '["yes"]')) is None
 
 
 @pytest.mark.parametrize("form", sorted(FORMATS))

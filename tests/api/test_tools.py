@@ -319,7 +319,14 @@ async def test_a_forced_call_comes_with_its_grammar(
     assert (grammar.kind, '"time"' in grammar.text) == ("lark", True)
 
 
-async def test_an_answer_of_another_form_leaves_no_room_for_calls(http: httpx.AsyncClient) -> None:
+async def test_an_answer_in_json_leaves_room_for_calls(http: httpx.AsyncClient, backend: ScriptedBackend) -> None:
     form = {"response_format": {"type": "json_object"}}
+    assert (await http.post(CHAT, json=GOOD | form)).status_code == 200
+    grammar = backend.requests[0].sampling.grammar
+    assert grammar is not None and "start: answer | call" in grammar.text
+
+
+async def test_an_answer_of_another_form_leaves_no_room_for_calls(http: httpx.AsyncClient) -> None:
+    form = {"guided_choice": ["yes", "no"]}
     assert (await refused(http, GOOD | form))["param"] == "tools"
     assert (await http.post(CHAT, json=GOOD | form | {"tool_choice": "none"})).status_code == 200
