@@ -160,7 +160,8 @@ class Stage:
 
         from fairserve.cluster.counter_actor import start_counter_actor
 
-        named = {"name": f"control-{num_replicas}-{way}", "reports_per_node": way}
+        # Not pinned: then it is created in this process, where the patch holds.
+        named = {"name": f"control-{num_replicas}-{way}", "reports_per_node": way, "pin_to_head": False}
         self._args = args.model_copy(update={"counter": args.counter.model_copy(update=named)})
         with mock.patch("fairserve.cluster.counter_actor.CounterService", MeteredService):
             self.actor = start_counter_actor(self._args)
