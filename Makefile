@@ -34,7 +34,7 @@ demo: setup ## FCFS beside VTC under a flood: a table and a chart, under 6 minut
 test: setup ## run all tests: first those without Ray, on all cores, then those on one real Ray cluster
 ifeq ($(strip $(ARGS)),)
 	@$(BIN)/python -m pytest -m "not cluster" --numprocesses auto --maxprocesses 8; without_ray=$$?; \
-	  $(BIN)/python -m pytest -m cluster && exit $$without_ray
+	  $(BIN)/python -m pytest -m cluster --durations 20 && exit $$without_ray
 else
 	@$(BIN)/python -m pytest $(ARGS)
 endif
