@@ -25,6 +25,8 @@ GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy, as in vLLM: dividing by them gains nothing but overflow."""
 _CANDIDATES = 1024
 """Tokens sorted at first for top_k and top_p; a whole vocabulary is sorted only for rows that need more."""
+_BLOCK = 256
+"""Tokens summed up together when one is drawn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +149,8 @@ def _choose(raw: Tensor, rows: list[_Row]) -> list[Sampled]:
     for sorts, draw in ((False, _draw), (True, _draw_sorted)):
         index = [i for i, row in enumerate(rows) if not row.greedy and row.sorts == sorts]
         if index:
-            drawn = draw(_tempered(scores[index], [rows[i] for i in index]), [rows[i] for i in index])
+            part = scores if len(index) == len(rows) else scores[index]
+            drawn = draw(_tempered(part, [rows[i] for i in index]), [rows[i] for i in index])
             for i, token in zip(index, drawn.tolist(), strict=True):
                 tokens[i] = token
     logprobs = _logprobs(raw, rows, tokens)
@@ -218,14 +221,16 @@ def _penalised(raw: Tensor, rows: list[_Row]) -> Tensor:
 
 
 def _tempered(scores: Tensor, rows: list[_Row]) -> Tensor:
-    """Scores over temperature, largest 0: no temperature can overflow it."""
+    """Scores over temperature, largest 0: no temperature can overflow it. A new tensor."""
     scores = scores - scores.amax(dim=-1, keepdim=True)
-    return scores / _column([row.params.temperature for row in rows], scores)
+    return scores.div_(_column([row.params.temperature for row in rows], scores))
 
 
 def _draw(scores: Tensor, rows: list[_Row]) -> Tensor:
-    """Token ids [R], drawn from softmax(scores) cut by min_p. The largest score is 0."""
-    kept = scores.exp().masked_fill_(scores.exp() < _column([row.params.min_p for row in rows], scores), 0.0)
+    """Token ids [R], drawn from softmax(scores) cut by min_p. The largest score is 0. Overwrites ``scores``."""
+    kept = scores.exp_()
+    if any(row.params.min_p > 0.0 for row in rows):
+        kept.masked_fill_(kept < _column([row.params.min_p for row in rows], scores), 0.0)
     return _inverse_transform(kept, rows)
 
 
@@ -254,13 +259,31 @@ def _draw_sorted(scores: Tensor, rows: list[_Row]) -> Tensor:
 
 
 def _inverse_transform(weights: Tensor, rows: list[_Row]) -> Tensor:
-    """Index [R] drawn with probability proportional to ``weights`` [R, n], one uniform number per row."""
-    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
+    """Index [R] drawn with probability proportional to ``weights`` [R, n], one uniform number per row.
+
+    Two searches, for a block and within it: running sums over the whole vocabulary are most of what drawing costs."""
+    size = weights.shape[-1]
+    num_blocks = size // _BLOCK
+    sums = weights[:, : num_blocks * _BLOCK].unflatten(1, (num_blocks, _BLOCK)).sum(dim=-1, dtype=torch.float64)
+    tail = weights[:, num_blocks * _BLOCK :].sum(dim=-1, keepdim=True, dtype=torch.float64)
+    blocks = torch.cat([sums, tail], dim=-1).cumsum(dim=-1)
+    total = blocks[:, -1:]
+    chances = torch.tensor([[row.chance()] for row in rows], dtype=torch.float64, device=weights.device)
+    block, rest = _search(blocks, chances * total)
+    at = block * _BLOCK + torch.arange(_BLOCK, device=weights.device)
+    inside = weights.gather(1, at.clamp(max=size - 1)).double().masked_fill_(at >= size, 0.0).cumsum(dim=-1)
+    index, _ = _search(inside, rest)
+    return (block * _BLOCK + index).squeeze(1)
+
+
+def _search(cumulative: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Where [R, 1] the running sums [R, n] pass ``target`` [R, 1], and how far it is beyond the sum before. It is taken
+    to be below the total, however that was rounded: then what is found has weight."""
     total = cumulative[:, -1:]
-    target = torch.tensor([[row.chance()] for row in rows], dtype=torch.float64, device=weights.device) * total
-    # Strictly below the total, so that the index found always has weight.
     target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target, right=True).squeeze(1)
+    index = torch.searchsorted(cumulative, target, right=True)
+    before = torch.where(index > 0, cumulative.gather(1, (index - 1).clamp(min=0)), 0.0)
+    return index, target - before
 
 
 def _logprobs(raw: Tensor, rows: list[_Row], tokens: list[int]) -> Iterator[TokenLogprob | None]:

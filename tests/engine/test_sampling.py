@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
+from fairserve.engine import sampling
 from fairserve.engine.sampling import Sampled, Sampler
 from tests.engine.support import drive, prompt_of, request
 
@@ -304,3 +306,20 @@ def test_rules_of_one_row_leave_the_others_and_the_logits_as_they_are():
     assert torch.equal(logits, LOGITS.repeat(3, 1))
     assert (sampled["greedy"].token_id, sampled["ruled"].token_id) == (0, 5)
     assert sampled["seeded"].token_id == draw(LOGITS, seed=7)[0].token_id
+
+
+@pytest.mark.parametrize("size", [1, 5, 255, 256, 257, 1000, 1024])
+def test_drawing_by_blocks_finds_what_running_sums_over_all_would(size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    weights = torch.rand(64, size, generator=generator) * (torch.rand(64, size, generator=generator) < 0.3)
+    weights[:, -1] = 0.5  # the last token has weight, and no row is empty
+    weights[:8] = 0.0
+    weights[:8, -1] = 1.0
+    chances = [0.0, 0.5, 1 - 2**-53, *torch.rand(61, generator=generator, dtype=torch.float64).tolist()]
+    rows: Any = [SimpleNamespace(chance=lambda chance=chance: chance) for chance in chances]
+    found = sampling._inverse_transform(weights, rows)
+    sums = weights.double().cumsum(-1)
+    targets = torch.tensor(chances, dtype=torch.float64) * sums[:, -1]
+    wanted = torch.searchsorted(sums, targets.unsqueeze(1), right=True)
+    assert found.tolist() == wanted.squeeze(1).clamp(max=size - 1).tolist()
+    assert bool((weights.gather(1, found.unsqueeze(1)) > 0).all())
