@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -72,13 +73,13 @@ class Chats:
             raise InvalidRequest(detail, param="tools", code="unsupported_field")
         return {"tools": either}
 
-    def sampling(self, body: Body, sampling: SamplingParams) -> SamplingParams:
-        """``sampling``, such that calls can be read and, where one must be made, that it is."""
+    def sampling(self, body: Body, sampling: SamplingParams, shaped: Mapping[str, Grammar]) -> SamplingParams:
+        """``sampling``, such that calls can be read and, where one must be made, that it is; ``shaped``: see there."""
         if not isinstance(body, ChatRequest) or body.toolbox is None:
             return sampling
         if self._shows_special:
             sampling = replace(sampling, skip_special_tokens=False)
-        return replace(sampling, grammar=self.shaped(body).get("tools"))
+        return replace(sampling, grammar=shaped.get("tools"))
 
     def parsers(self, toolbox: Toolbox) -> NewParser:
         """What reads the answers to a request with this toolbox."""

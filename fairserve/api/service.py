@@ -31,7 +31,7 @@ from fairserve.clock import Clock, SystemClock
 from fairserve.cluster.metrics_sink import NO_METRICS, MetricsSink
 from fairserve.cluster.tracing import NO_TRACING, REQUEST, Tracer
 from fairserve.config import FairServeArgs
-from fairserve.engine.request import GenerateRequest, RequestOutput
+from fairserve.engine.request import GenerateRequest, Grammar, RequestOutput
 from fairserve.errors import InvalidRequest, PromptTooLong, RequestTimeout, UnknownModel
 
 logger = logging.getLogger(__name__)
@@ -194,7 +194,8 @@ class OpenAIService:
         if isinstance(body, EmbeddingRequest) and self._pooling is None:
             detail = "this service makes no embeddings: its setting engine.pooling is off (mean and last make them)"
             raise InvalidRequest(detail, code="embeddings_off")
-        await output_rules.check(body, self._prompts.num_tokens, self._chats.shaped(body))
+        shaped = self._chats.shaped(body)
+        await output_rules.check(body, self._prompts.num_tokens, shaped)
         if isinstance(body, ChatRequest):
             self._check_choices(1, body.n)
             how = self._chats.rendering(body)
@@ -210,7 +211,7 @@ class OpenAIService:
             response_id=response_id,
             created_s=int(self._unix_time_s()),
             model=self.model_name,
-            requests=tuple(self._requests(response_id, body, client, labels, prompts, trace)),
+            requests=tuple(self._requests(response_id, body, client, labels, prompts, shaped, trace)),
             n=body.n,
             stream=body.stream,
             include_usage=body.include_usage,
@@ -269,6 +270,7 @@ class OpenAIService:
         client: Client,
         labels: Labels,
         prompts: Sequence[tuple[int, ...]],
+        shaped: Mapping[str, Grammar],
         trace: str,
     ) -> list[GenerateRequest]:
         requests: list[GenerateRequest] = []
@@ -281,7 +283,7 @@ class OpenAIService:
                     client=client.name,
                     prompt_token_ids=prompt,
                     sampling=self._chats.sampling(
-                        body, replace(body.sampling(max_tokens, choice), bad_words=bad_words)
+                        body, replace(body.sampling(max_tokens, choice), bad_words=bad_words), shaped
                     ),
                     weight=client.weight,
                     max_waiting=client.max_waiting,
