@@ -37,6 +37,7 @@ from typing import Any
 from unittest import mock
 
 from benchmarks.machine import describe_machine
+from benchmarks.peers.figures import quantile
 from benchmarks.simulated_node import STEPS_PER_S, MeteredService, Node, Sent, over_ray
 from fairserve.config import FairServeArgs
 
@@ -103,12 +104,6 @@ class Row:
     alone_p50: float
     alone_p99: float
     load_1_min: float
-
-
-def quantile(values: Sequence[float], part: float) -> float:
-    """The value that ``part`` of all do not exceed; nan of nothing."""
-    ordered = sorted(values)
-    return ordered[max(0, math.ceil(part * len(ordered)) - 1)] if ordered else math.nan
 
 
 def window(before: dict[str, Any], after: dict[str, Any], sent: Sent) -> Window:

@@ -47,9 +47,9 @@ def figures_of(requests: Sequence[Mapping[str, Any]]) -> Figures:
 
 
 def quantile(values: Sequence[float], part: float) -> float:
-    """Nearest rank."""
+    """The value that ``part`` of all do not exceed; nan of nothing."""
     ordered = sorted(values)
-    return ordered[max(0, math.ceil(part * len(ordered)) - 1)]
+    return ordered[max(0, math.ceil(part * len(ordered)) - 1)] if ordered else math.nan
 
 
 def over_rounds(runs: Sequence[Figures]) -> dict[str, dict[str, float]]:

@@ -15,11 +15,11 @@ from fairserve.api.admin_service import AdminService
 from fairserve.api.answer_headers import AnswerHeaders
 from fairserve.api.batches import routes as batch_routes
 from fairserve.api.batches.service import BatchService
-from fairserve.api.bodies import read_json
+from fairserve.api.bodies import read_body
 from fairserve.api.embeddings import EmbeddingRequest
 from fairserve.api.http_errors import install, request_id_of
 from fairserve.api.labels import labels_of
-from fairserve.api.openai_schema import ChatRequest, CompletionRequest, parse
+from fairserve.api.openai_schema import ChatRequest, CompletionRequest
 from fairserve.api.responses import ResponsesAnswer
 from fairserve.api.responses_schema import ResponsesRequest, in_our_words
 from fairserve.api.service import Generation, OpenAIService
@@ -71,7 +71,7 @@ def create_app(
     async def tokenize(request: Request) -> Response:
         service = service_provider()
         service.identify(request.headers)
-        body = parse(TokenizeRequest, await read_json(request, service.max_body_bytes, service.read_timeout_s))
+        body = await read_body(TokenizeRequest, request, service)
         return JSONResponse(await service.tokenize(body))
 
     @app.post(
@@ -80,7 +80,7 @@ def create_app(
     async def detokenize(request: Request) -> Response:
         service = service_provider()
         service.identify(request.headers)
-        body = parse(DetokenizeRequest, await read_json(request, service.max_body_bytes, service.read_timeout_s))
+        body = await read_body(DetokenizeRequest, request, service)
         return JSONResponse(await service.detokenize(body))
 
     @app.post(
@@ -120,7 +120,7 @@ async def _generate(
     service: OpenAIService, request: Request, kind: type[Generation] | type[ResponsesRequest]
 ) -> Response:
     client = service.identify(request.headers)  # before the body: strangers get no parsing
-    body = parse(kind, await read_json(request, service.max_body_bytes, service.read_timeout_s))
+    body = await read_body(kind, request, service)
     asked = body.as_chat() if isinstance(body, ResponsesRequest) else body
     client = client.of_user(body.user)
     labels = labels_of(request.headers, body.metadata or {}, client)

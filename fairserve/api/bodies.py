@@ -3,10 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Protocol
 
 from starlette.requests import Request
 
+from fairserve.api.openai_schema import B, parse
 from fairserve.errors import BodyTooLarge, BodyTooSlow, WrongContentType
+
+
+class Limits(Protocol):
+    """How large a body may be, and how long in coming."""
+
+    max_body_bytes: int
+    read_timeout_s: float
+
+
+async def read_body(kind: type[B], request: Request, limits: Limits) -> B:
+    """The body of a request as a ``kind``. Call it when the caller is known: strangers get no parsing.
+
+    Raises:
+        InvalidRequest: see :func:`parse`.
+        Exception: as :func:`read_json`.
+    """
+    return parse(kind, await read_json(request, limits.max_body_bytes, limits.read_timeout_s))
 
 
 async def read_json(request: Request, max_bytes: int, limit_s: float) -> bytes:

@@ -11,9 +11,8 @@ from fairserve.api import openapi
 from fairserve.api.batches.answers import BatchList, BatchObject, FileDeleted, FileList, FileObject
 from fairserve.api.batches.bodies import BatchPage, BatchRequest, FileForm, FilePage, page_of, parameters
 from fairserve.api.batches.service import BatchService
-from fairserve.api.bodies import read_json
+from fairserve.api.bodies import read_body
 from fairserve.api.identity import Client
-from fairserve.api.openai_schema import parse
 from fairserve.api.service import OpenAIService
 from fairserve.errors import BatchesOff
 
@@ -72,8 +71,7 @@ def install(
     @app.post("/v1/batches", openapi_extra=openapi.takes(BatchRequest), responses=openapi.answered(BatchObject))
     async def create_batch(request: Request) -> Response:
         client, batches = caller(request)
-        service = service_provider()
-        body = parse(BatchRequest, await read_json(request, service.max_body_bytes, service.read_timeout_s))
+        body = await read_body(BatchRequest, request, service_provider())
         return JSONResponse(await batches.create(client, body))
 
     @app.get("/v1/batches", openapi_extra={"parameters": parameters(BatchPage)}, responses=openapi.answered(BatchList))
