@@ -76,7 +76,7 @@ class Stage:
         args = FairServeArgs.model_validate({"counter": {"store": None}})
         self.began_s = time.perf_counter()
         self.service = CounterService(args.model_dump_json(), clock=self)
-        self.service._authority.dispatcher = self.crowd.dispatcher
+        self.service.main.authority.dispatcher = self.crowd.dispatcher
         self.reports = [
             (step / STEPS_PER_S + replica / num_replicas / STEPS_PER_S, self._step(replica))
             for step in range(round(seconds * STEPS_PER_S))
@@ -117,10 +117,10 @@ async def run(stage: Stage, num_replicas: int, num_dashboards: int) -> Row:
         handling.append(time.thread_time() - handled_s)
         late.append(time.perf_counter() - began_s - at_s)
     cpu_s = time.process_time() - cpu_s
-    tasks = [*dashboards, *([stage.service._ticking] if stage.service._ticking else [])]
-    for task in tasks:
+    stage.service.end()
+    for task in dashboards:
         task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    await asyncio.gather(*dashboards, return_exceptions=True)
     return Row(
         replicas=num_replicas,
         dashboards=num_dashboards,

@@ -289,18 +289,18 @@ class MeteredService(CounterService):
         self._handled_s = 0.0
         self._taken: list[tuple[str, int, float]] = []
 
-    async def report(self, report: StepReport) -> ReportReply:
+    async def report(self, report: StepReport, model: str = "") -> ReportReply:
         began_s = time.thread_time()
-        reply = await super().report(report)
+        reply = await super().report(report, model)
         self._handled_s += time.thread_time() - began_s
         self._num_reports += 1
         self._num_calls += 1
         self._taken.append((report.replica, report.seq, time.monotonic()))
         return reply
 
-    async def reports(self, reports: tuple[StepReport, ...]) -> tuple[ReportReply, ...]:
+    async def reports(self, reports: tuple[StepReport, ...], model: str = "") -> tuple[ReportReply, ...]:
         began_s = time.thread_time()
-        replies = await super().reports(reports)
+        replies = await super().reports(reports, model)
         self._handled_s += time.thread_time() - began_s
         self._num_reports += len(reports)
         self._num_calls += 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit
 
@@ -245,6 +246,18 @@ class CounterConfig(Strict):
     @property
     def is_in_redis(self) -> bool:
         return self.store is not None and "://" in self.store
+
+    def of_slot(self, slot: str) -> CounterConfig:
+        """Of one of several models: names and files of its own, but for the first. The actor is the same."""
+        if not slot:
+            return self
+        kept = {"name": f"{self.name}.{slot}"}
+        for field in ("store", "decision_log_path"):
+            place: str | None = getattr(self, field)
+            if place not in (None, "session") and "://" not in place:
+                path = Path(place)
+                kept[field] = str(path.with_name(f"{path.stem}.{slot}{path.suffix}"))
+        return self.model_copy(update=kept)
 
     @field_validator("store")
     @classmethod
@@ -580,8 +593,8 @@ class TracingConfig(Strict):
     """Record spans, and take over a caller's traceparent header."""
 
 
-class FairServeArgs(Strict):
-    """Arguments of ``fairserve.app:build_app`` and of every deployment file."""
+class ModelArgs(Strict):
+    """One served model: its replicas and their engines."""
 
     model: str = EMBEDDED_MODEL
     """The embedded model's name, a local folder, or a hub id: anything transformers loads as a causal LM."""
@@ -591,23 +604,14 @@ class FairServeArgs(Strict):
     """Model replicas, each with its own engine; with autoscaling, those to begin with."""
     autoscaling: AutoscalingConfig | None = None
     """Let the number of model replicas follow the work. null: always num_replicas."""
-    num_ingress_replicas: PositiveInt = 1
-    """Replicas of the HTTP ingress; fairness does not depend on their number."""
     num_cpus_per_replica: NonNegativeFloat = 0.5
     """Ray CPUs that one model replica reserves."""
     num_gpus_per_replica: NonNegativeFloat = 0.0
     """Ray GPUs that one model replica reserves."""
-    max_generation_s: PositiveFloat | None = None
-    """Seconds a replica or an ingress that is stopped (scale-down, redeploy) may take to finish what it runs; what runs
-    longer is cut. null: api.request_timeout_s, and nothing is cut, because no request may take longer."""
+    price: PositiveFloat = 1.0
+    """What a unit of service (fairness.cost) of this model counts where models are compared (across_models), such as
+    the GPU seconds that it takes: `fairserve profile` measures them."""
     engine: EngineConfig = EngineConfig()
-    fairness: FairnessConfig = FairnessConfig()
-    dispatch: DispatchConfig = DispatchConfig()
-    counter: CounterConfig = CounterConfig()
-    api: ApiConfig = ApiConfig()
-    batches: BatchesConfig = BatchesConfig()
-    metrics: MetricsConfig = MetricsConfig()
-    tracing: TracingConfig = TracingConfig()
 
     @model_validator(mode="after")
     def _ranks_have_room(self) -> Self:
@@ -620,11 +624,68 @@ class FairServeArgs(Strict):
         return self
 
     @property
+    def model_name(self) -> str:
+        """The name in /v1/models."""
+        return self.served_model_name or self.model.rstrip("/").rsplit("/", 1)[-1]
+
+    @property
+    def slot(self) -> str:
+        """The name where only plain characters may stand: of a deployment, a file, a row of Redis."""
+        return re.sub(r"[^A-Za-z0-9_.-]", "-", self.model_name)
+
+
+class FairServeArgs(ModelArgs):
+    """Arguments of ``fairserve.app:build_app`` and of every deployment file."""
+
+    more_models: tuple[ModelArgs, ...] = ()
+    """Further models of this service, each with replicas and a fair queue of its own; `model` says which one a request
+    is for. Keys, weights, limits, budgets and the settings below hold for all of them."""
+    across_models: bool = False
+    """Count what a client is served by one model, times its price, towards its turn at the others, too. false: its
+    shares of different models are independent of each other."""
+    num_ingress_replicas: PositiveInt = 1
+    """Replicas of the HTTP ingress; fairness does not depend on their number."""
+    max_generation_s: PositiveFloat | None = None
+    """Seconds a replica or an ingress that is stopped (scale-down, redeploy) may take to finish what it runs; what runs
+    longer is cut. null: api.request_timeout_s, and nothing is cut, because no request may take longer."""
+    fairness: FairnessConfig = FairnessConfig()
+    dispatch: DispatchConfig = DispatchConfig()
+    counter: CounterConfig = CounterConfig()
+    api: ApiConfig = ApiConfig()
+    batches: BatchesConfig = BatchesConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    tracing: TracingConfig = TracingConfig()
+
+    @model_validator(mode="after")
+    def _models_differ(self) -> Self:
+        slots = [self.slot, *(one.slot for one in self.more_models)]
+        for number, slot in enumerate(slots):
+            if slot in slots[:number]:
+                raise ValueError(
+                    f"two models are served as {slot!r}: give one of them another served_model_name, which differs in "
+                    "letters, digits or one of _ . -"
+                )
+        return self
+
+    @property
     def drain_s(self) -> float:
         """Serve's graceful shutdown: the longest generation, and time to say goodbye."""
         return (self.max_generation_s or self.api.request_timeout_s) + GOODBYE_S
 
     @property
-    def model_name(self) -> str:
-        """The name in /v1/models."""
-        return self.served_model_name or self.model.rstrip("/").rsplit("/", 1)[-1]
+    def slots(self) -> tuple[str, ...]:
+        """Of all models. The first one's is "": what its counters, files and deployment are called does not change with
+        its name."""
+        return ("", *(one.slot for one in self.more_models))
+
+    def of_model(self, slot: str) -> FairServeArgs:
+        """The settings of one of the models, as if it were served alone.
+
+        Raises:
+            KeyError: there is none of this slot.
+        """
+        if not slot:
+            return self.model_copy(update={"more_models": ()}) if self.more_models else self
+        one = {one.slot: one for one in self.more_models}[slot]
+        of_model = {name: getattr(one, name) for name in ModelArgs.model_fields}
+        return self.model_copy(update={**of_model, "more_models": (), "counter": self.counter.of_slot(slot)})

@@ -125,8 +125,9 @@ def _logs(quiet: bool) -> LoggingConfig:
 
 def _num_cpus(args: FairServeArgs) -> int:
     """Logical CPUs for Ray: what the deployments reserve and one to spare, however few the machine has."""
-    num_ranks = args.num_replicas * args.engine.tensor_parallel_size
-    reserved = num_ranks * args.num_cpus_per_replica + args.num_ingress_replicas
+    reserved: float = args.num_ingress_replicas
+    for one in (args, *args.more_models):
+        reserved += one.num_replicas * one.engine.tensor_parallel_size * one.num_cpus_per_replica
     return max(os.cpu_count() or 1, math.ceil(reserved) + 1)
 
 

@@ -43,9 +43,9 @@ def num_input(service: CounterService, client: str = "ann") -> int:
 
 
 def save(service: CounterService) -> None:
-    store = service._upkeep.keeper.store
+    store = service.main.upkeep.store
     assert store is not None
-    asyncio.run(service._upkeep.keep(store))
+    asyncio.run(service.main.upkeep.keep(store))
 
 
 @pytest.fixture

@@ -33,8 +33,9 @@ and the actor has not seen the request for so long, it is gone and Serve did not
 class BacklogPolicy:
     """``policy_function`` of a Serve ``AutoscalingConfig``; the arguments are its ``policy_kwargs``.
 
-    ``counter``: a ``CounterConfig`` as a dict; ``target_use`` and ``replicas_per_waiting_batch``: see
-    ``AutoscalingConfig``. ``ask`` (blocks, may raise anything) and ``now_s`` are handed in by tests.
+    ``counter``: a ``CounterConfig`` as a dict; ``slot``: of the model; ``target_use`` and
+    ``replicas_per_waiting_batch``: see ``AutoscalingConfig``. ``ask`` (blocks, may raise anything) and ``now_s`` are
+    handed in by tests.
     """
 
     def __init__(
@@ -42,13 +43,14 @@ class BacklogPolicy:
         counter: dict[str, Any],
         target_use: float,
         replicas_per_waiting_batch: float,
+        slot: str = "",
         ask: Callable[[], Demand] | None = None,
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._target_use = target_use
         self._per_waiting_batch = replicas_per_waiting_batch
         self._now_s = now_s
-        self._ask = ask or _asker(counter)
+        self._ask = ask or _asker(counter, slot)
         self._newest: tuple[float, Demand] | None = None
         self._unseen_since_s: float | None = None
         self._thread: threading.Thread | None = None
@@ -91,7 +93,7 @@ def _keep_asking(policy: weakref.ref[BacklogPolicy]) -> None:
         time.sleep(ASK_S)
 
 
-def _asker(counter: dict[str, Any]) -> Callable[[], Demand]:
+def _asker(counter: dict[str, Any], slot: str) -> Callable[[], Demand]:
     def ask() -> Demand:
         import ray
 
@@ -99,7 +101,7 @@ def _asker(counter: dict[str, Any]) -> Callable[[], Demand]:
         from fairserve.config import CounterConfig
 
         config = CounterConfig.model_validate(counter)
-        answer: Demand = ray.get(find_counter_actor(config).demand.remote(), timeout=config.call_timeout_s)
+        answer: Demand = ray.get(find_counter_actor(config).demand.remote(slot), timeout=config.call_timeout_s)
         return answer
 
     return ask

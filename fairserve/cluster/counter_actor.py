@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from fairserve.cluster.counter_service import CounterService
@@ -97,7 +98,7 @@ def _create(args: FairServeArgs, place: dict[str, float] | None) -> Any:
             live_memory=live_memory(config),
             id_memory=id_memory(config),
             session_folder=ray_session_folder,
-            metrics=actor_metrics(args.metrics, config.name),
+            metrics=partial(actor_metrics, args.metrics),
             was_restarted=was_this_actor_restarted,
         )
     )

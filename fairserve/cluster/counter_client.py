@@ -61,29 +61,31 @@ class CounterTransport(Protocol):
 class RayTransport:
     """Calls the named actor; finds it again (or has ``find`` start it) after a call that failed.
 
-    ``find`` blocks on Ray, for as long as a partition lasts: it runs on a thread, one at a time.
+    ``find`` blocks on Ray, for as long as a partition lasts: it runs on a thread, one at a time. ``slot``: of the model
+    that routers and replicas call about.
     """
 
-    def __init__(self, find: Callable[[], Any], actor: Any = None) -> None:
+    def __init__(self, find: Callable[[], Any], actor: Any = None, slot: str = "") -> None:
         self._find = find
         self._actor = actor
+        self._slot = slot
         self._finding: asyncio.Task[Any] | None = None
 
     async def route(self, call: RouterCall) -> RouterReply:
-        reply: RouterReply = await self._call("route", call)
+        reply: RouterReply = await self._call("route", call, self._slot)
         return reply
 
     async def poll(self, call: RouterCall) -> RouterReply:
-        reply: RouterReply = await self._call("poll", call)
+        reply: RouterReply = await self._call("poll", call, self._slot)
         return reply
 
     async def report(self, report: StepReport) -> ReportReply:
-        reply: ReportReply = await self._call("report", report)
+        reply: ReportReply = await self._call("report", report, self._slot)
         return reply
 
     async def reports(self, reports: tuple[StepReport, ...]) -> tuple[ReportReply, ...]:
         """Those of several replicas in one call."""
-        replies: tuple[ReportReply, ...] = await self._call("reports", reports)
+        replies: tuple[ReportReply, ...] = await self._call("reports", reports, self._slot)
         return replies
 
     async def call(self, method: str, **arguments: Any) -> Any:

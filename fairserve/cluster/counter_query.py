@@ -25,6 +25,7 @@ from fairserve.views import (
     EventView,
     History,
     KeyView,
+    ModelView,
     Overview,
     SettingView,
     UsageView,
@@ -32,6 +33,8 @@ from fairserve.views import (
 
 Answer = TypeVar("Answer")
 DAY_0 = date(1970, 1, 1)
+OF_ONE_MODEL = frozenset({"overview", "clients", "client", "history", "events", "usage", "export_counters"})
+"""Questions that each model answers for itself, and that take its name."""
 
 
 class AskTransport(Protocol):
@@ -48,9 +51,14 @@ class CounterQuery:
         FairServeError: what the actor itself raised, without Ray's wrapper; a wrong setting as InvalidRequest.
     """
 
-    def __init__(self, transport: AskTransport, timeout_s: float) -> None:
+    def __init__(self, transport: AskTransport, timeout_s: float, model: str = "") -> None:
         self._transport = transport
         self._timeout_s = timeout_s
+        self._model = model
+
+    def of(self, model: str) -> CounterQuery:
+        """The same about one of several models, by its name; "" for the first."""
+        return CounterQuery(self._transport, self._timeout_s, model)
 
     @classmethod
     def over_ray(cls, config: CounterConfig) -> CounterQuery:
@@ -58,6 +66,10 @@ class CounterQuery:
         return cls(RayTransport(lambda: found_actor(config.name, config.namespace)), config.call_timeout_s)
 
     # -- reads --------------------------------------------------------------------------------------------------------
+
+    async def models(self) -> tuple[ModelView, ...]:
+        """Of the service, the first one first."""
+        return typed(tuple[ModelView, ...], await self._read("models"))
 
     async def overview(self, top: int = 50, search: str | None = None) -> Overview:
         return typed(Overview, await self._read("overview", top=top, search=search))
@@ -135,6 +147,8 @@ class CounterQuery:
 
     async def _read(self, method: str, **arguments: Any) -> Any:
         """A handle may point to an actor that has ended: the transport forgets it, and the second try finds another."""
+        if self._model and method in OF_ONE_MODEL:
+            arguments["model"] = self._model
         try:
             return await self._ask(method, arguments)
         except CounterUnreachable as error:

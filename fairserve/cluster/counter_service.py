@@ -1,4 +1,4 @@
-"""What the counter actor answers: one Dispatcher, with long polls, a clock and a store round it.
+"""What the counter actor answers: the counters of every model, and what they share.
 
 A plain asyncio object, so that a test can hold one without Ray; ``counter_actor.py`` puts the shell round it.
 """
@@ -6,50 +6,50 @@ A plain asyncio object, so that a test can hold one without Ray; ``counter_actor
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import logging
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 from fairserve.clock import Clock, SystemClock
-from fairserve.cluster.actor_metrics import ActorMetrics
-from fairserve.cluster.authority import Authority
+from fairserve.cluster.across_models import AcrossModels
 from fairserve.cluster.counter_client import for_ever
 from fairserve.cluster.desk import Change, Desk
 from fairserve.cluster.keeper import Keeper, Memory, cluster_id, store_of
-from fairserve.cluster.long_polls import LongPolls
+from fairserve.cluster.live_changes import LiveChanges
 from fairserve.cluster.metrics_sink import MetricsSink
-from fairserve.cluster.reading import About, Reading, told
+from fairserve.cluster.model_counters import TICK_S, ModelCounters
+from fairserve.cluster.reading import told
 from fairserve.cluster.saver import Saver
-from fairserve.cluster.tracing import DispatchSpans, make_tracing
-from fairserve.cluster.upkeep import Upkeep
 from fairserve.config import CounterConfig, FairServeArgs
 from fairserve.dispatch.controls import Control
 from fairserve.dispatch.demand import Demand, demand
 from fairserve.dispatch.dispatcher import Dispatcher
 from fairserve.dispatch.messages import ReportReply, RouterCall, RouterReply, StepReport
-from fairserve.dispatch.overview import known_clients
 from fairserve.dispatch.snapshots import adopted, document, laid_over, read_document
 from fairserve.dispatch.status import status
-from fairserve.dispatch.store import Snapshot
+from fairserve.dispatch.store import Snapshot, Store
 from fairserve.dispatch.usage import UsageBook
-from fairserve.errors import InvalidRequest, UnknownClient
+from fairserve.errors import InvalidRequest, UnknownModel
 from fairserve.fairness.hierarchy import is_group
 
-TICK_S = 0.1
+logger = logging.getLogger(__name__)
+
 USAGE_PAGE = 2_000
 """Rows of usage in one answer, and those that its last day has beyond."""
 
 
 class CounterService:
-    """Forwards to the Dispatcher; adds waiting (long polls), the clock and snapshots. Decides nothing.
+    """One :class:`ModelCounters` for each model of the deployment, and the desk where all of them are changed.
+
+    In every method ``model`` is the slot or the name of a model, "" the first one's.
 
     ``memory`` keeps the settings of the newest :meth:`configure` for a restart, which comes with the first settings;
     ``live_memory`` keeps what was changed live, beside the store; ``id_memory`` the id of this Ray cluster.
-    ``session_folder`` names the folder of the cluster's session, where there is one. ``metrics`` None: none are
-    exported. ``was_restarted`` tells whether this is not the actor's first life.
+    ``session_folder`` names the folder of the cluster's session, where there is one. ``metrics`` makes what exports the
+    metrics of counters of a name; None: none are exported. ``was_restarted`` tells whether this is not the actor's
+    first life.
     """
 
     def __init__(
@@ -64,163 +64,156 @@ class CounterService:
         id_memory: Memory | None = None,
         session_folder: Callable[[], str] | None = None,
         unix_s: Callable[[], float] = time.time,
-        metrics: MetricsSink | None = None,
+        metrics: Callable[[str], MetricsSink | None] = lambda counters: None,
         was_restarted: Callable[[], bool] = lambda: False,
     ) -> None:
         self._memory = memory
         deployed = FairServeArgs.model_validate_json((memory.recall() if memory else None) or args_json)
-        self._deployed_json = deployed.model_dump_json()
+        self._deployed_json, self._deployed_slots = deployed.model_dump_json(), deployed.slots
         self._config: CounterConfig = deployed.counter
         self._clock = clock or SystemClock()
-        epoch = epoch or time.time_ns()
-        saver = Saver(lambda: cluster_id(id_memory), epoch, unix_s, self._clock.now_s)
-        self._store_of = partial(store_of, session_folder=session_folder, cluster=lambda: saver.cluster, unix_s=unix_s)
-        keeper = Keeper(self._store_of(self._config), live_memory)
+        self._unix_s = unix_s
+        self._life = epoch or time.time_ns()
+        self._cluster = ""
+        self._id_memory = id_memory
+        self._metrics = metrics
+        self._was_restarted = was_restarted
+        self._store_of = partial(store_of, session_folder=session_folder, cluster=self._find_cluster, unix_s=unix_s)
+        store = self._store_of(self._config)
+        keeper = Keeper(store, live_memory)
         state, audit = keeper.begin()
         self._desk = Desk(deployed, unix_s, state=state, audit=audit)
-        usage = UsageBook(deployed.counter.usage_days, deployed.counter.usage_clients)
-        usage.turn(unix_s())
-        self._unix_s = unix_s
-        self._authority = Authority(self._desk.in_force, epoch, self._clock, state.controls, usage)
-        self._reading = Reading(lambda: self.dispatcher, self._about, self._clock.now_s, unix_s=unix_s)
-        self._polls = LongPolls()
-        self._upkeep = Upkeep(self._authority, self._desk, self._reading, keeper, saver, self._take_over, unix_s)
-        restored, why = self._upkeep.restore(audit)
-        num_restored = len(known_clients(self.dispatcher)) if restored else 0
-        self.dispatcher.notes.started(num_restored, self._clock.now_s(), why)
-        self._metrics: ActorMetrics | None = None
-        if metrics is not None:
-            restored = restored or ("scratch" if why or was_restarted() else "first")
-            self._metrics = ActorMetrics(metrics, deployed.metrics.top_clients, restored)
-        self._exported_s = self._clock.now_s() - deployed.metrics.interval_s
-        self._spans = DispatchSpans(make_tracing(deployed.tracing))
-        self._ticking: asyncio.Task[None] | None = None
+        self._changes = LiveChanges(self._desk, keeper, audit, self._take_over)
+        self._models: dict[str, ModelCounters] = {}
+        self._models[""] = self._make("", store, self._changes)
+        for slot in deployed.slots[1:]:
+            self._models[slot] = self._make(slot)
+        self._across = AcrossModels(self._models)
+        self._across.is_on = deployed.across_models
+        self._introduce()
+        self._configuring = asyncio.Lock()
+        self._ticking: dict[str, asyncio.Task[None]] = {}
+        self._ticking_all: asyncio.Task[None] | None = None
         self._on_idle = on_idle
-        self._saved_s = self._busy_s = self._clock.now_s()
+        self._busy_s = self._clock.now_s()
+
+    @property
+    def main(self) -> ModelCounters:
+        """The first model's."""
+        return self._models[""]
 
     @property
     def dispatcher(self) -> Dispatcher:
-        """The one in force."""
-        return self._authority.dispatcher
+        """The one in force, of the first model."""
+        return self.main.dispatcher
 
     # -- the protocol -------------------------------------------------------------------------------------------------
 
-    async def route(self, call: RouterCall) -> RouterReply:
-        """Submits, cancels, declined grants; see :meth:`Dispatcher.route`."""
-        self._spans.called(call)
-        reply = self.dispatcher.route(call, self._now_s())
-        self._spans.replied(reply)
-        self._wake_routers()
-        return reply
+    async def route(self, call: RouterCall, model: str = "") -> RouterReply:
+        """See :meth:`ModelCounters.route`."""
+        return self._of(model).route(call)
 
-    async def poll(self, call: RouterCall) -> RouterReply:
-        """Grants and late refusals for this router, as soon as there are any, at the latest after ``poll_s``."""
-        reply = await self._poll(call)
-        self._spans.replied(reply)
-        return reply
+    async def poll(self, call: RouterCall, model: str = "") -> RouterReply:
+        """See :meth:`ModelCounters.poll`."""
+        return await self._of(model).poll(call)
 
-    async def _poll(self, call: RouterCall) -> RouterReply:
-        asked = self.dispatcher
-        reply = asked.poll(call, self._now_s())
-        if reply.grants or reply.refusals or reply.resubmit:
-            return reply
-        await self._polls.wait(call.router, self._config.poll_s)
-        if self.dispatcher is not asked:  # configured anew: even after its first call a router submits again
-            call = replace(call, epoch=asked.epoch)
-        return self.dispatcher.poll(call, self._now_s())
-
-    async def report(self, report: StepReport) -> ReportReply:
+    async def report(self, report: StepReport, model: str = "") -> ReportReply:
         """A replica's totals and events; see :meth:`Dispatcher.report`."""
-        reply = self._report(report, self._now_s())
-        self._wake_routers()
-        return reply
+        return self._of(model).reports((report,))[0]
 
-    async def reports(self, reports: tuple[StepReport, ...]) -> tuple[ReportReply, ...]:
+    async def reports(self, reports: tuple[StepReport, ...], model: str = "") -> tuple[ReportReply, ...]:
         """Those of several replicas; the reply to each."""
-        now_s = self._now_s()
-        replies = tuple([self._report(report, now_s) for report in reports])
-        self._wake_routers()
-        return replies
-
-    def _report(self, report: StepReport, now_s: float) -> ReportReply:
-        reply = self.dispatcher.report(report, now_s, self._upkeep.saved_of(report))
-        if report.epoch != reply.epoch:
-            return replace(reply, fairness=self._authority.args.fairness.model_dump_json())
-        return reply
+        return self._of(model).reports(reports)
 
     # -- for people ---------------------------------------------------------------------------------------------------
 
-    async def status(self) -> dict[str, Any]:
+    async def status(self, model: str = "") -> dict[str, Any]:
         """A plain picture of clients, replicas, gap and bound."""
-        return status(self.dispatcher, self._now_s())
+        return status(self._of(model).dispatcher, self._clock.now_s())
 
-    async def overview(self, top: int = 50, search: str | None = None) -> dict[str, Any]:
+    async def overview(self, top: int = 50, search: str | None = None, model: str = "") -> dict[str, Any]:
         """``views.Overview``; see :class:`~fairserve.cluster.reading.Reading` for this and the next four."""
-        self._now_s()
-        return await self._reading.overview(top, search)
+        return await self._of(model).reading.overview(top, search)
 
     async def clients(
-        self, offset: int = 0, limit: int = 100, order: str = "service", search: str | None = None
+        self,
+        offset: int = 0,
+        limit: int = 100,
+        order: str = "service",
+        search: str | None = None,
+        model: str = "",
     ) -> dict[str, Any]:
         """``views.ClientPage``: descending, but by name ascending."""
-        self._now_s()
-        return await self._reading.clients(offset, limit, order, search)
+        return await self._of(model).reading.clients(offset, limit, order, search)
 
-    async def client(self, name: str) -> dict[str, Any]:
+    async def client(self, name: str, model: str = "") -> dict[str, Any]:
         """``views.ClientView``."""
-        self._now_s()
-        return await self._reading.client(name)
+        return await self._of(model).reading.client(name)
 
-    async def history(self, clients: list[str], since_s: float = 0, resolution_s: int = 1) -> dict[str, Any]:
+    async def history(
+        self, clients: list[str], since_s: float = 0, resolution_s: int = 1, model: str = ""
+    ) -> dict[str, Any]:
         """``views.History`` since a Unix time."""
-        self._now_s()
-        return await self._reading.history(clients, since_s, resolution_s)
+        return await self._of(model).reading.history(clients, since_s, resolution_s)
 
-    async def events(self, after_seq: int = 0, limit: int = 200) -> list[dict[str, Any]]:
+    async def events(self, after_seq: int = 0, limit: int = 200, model: str = "") -> list[dict[str, Any]]:
         """``views.EventView``, oldest first."""
-        self._now_s()
-        return await self._reading.events(after_seq, limit)
+        return await self._of(model).reading.events(after_seq, limit)
 
-    async def usage(self, first_day: int, last_day: int) -> dict[str, Any]:
+    async def usage(self, first_day: int, last_day: int, model: str = "") -> dict[str, Any]:
         """What clients used on UTC days since 1970; see :meth:`UsageBook.page`."""
-        self._now_s()
-        rows, next_day = self._authority.usage.page(first_day, last_day, USAGE_PAGE)
+        rows, next_day = self._of(model).usage.page(first_day, last_day, USAGE_PAGE)
         return {"rows": rows, "next_day": next_day}
 
-    async def demand(self) -> Demand:
+    async def demand(self, model: str = "") -> Demand:
         """The work of the whole cluster, for autoscaling."""
-        return demand(self.dispatcher, self._now_s())
+        return demand(self._of(model).dispatcher, self._clock.now_s())
+
+    async def models(self) -> list[dict[str, Any]]:
+        """``views.ModelView`` of every model, the first one's first."""
+        return [
+            {
+                "name": one.authority.args.model_name,
+                "slot": slot,
+                "price": one.authority.args.price,
+                "is_compared": self._across.is_on and len(self._models) > 1,
+            }
+            for slot, one in self._models.items()
+        ]
 
     async def configure(self, args_json: str) -> int:
         """Take over the fairness and dispatch settings of a new deployment. Counters stay; a change of settings begins
         a new epoch, so that routers submit again and replicas report in full. What was changed live stays over them.
-        Returns the epoch."""
-        self._now_s()
+        A model that is new begins level; one that is no longer deployed goes when it is idle. Returns the epoch."""
+        self._tick_all()
         deployed = FairServeArgs.model_validate_json(args_json)
-        self._desk.deploy(deployed)
-        self._take_settings()
-        has_moved = deployed.counter.store != self._config.store
-        is_new = deployed.model_dump_json() != self._deployed_json
-        self._config, self._deployed_json = deployed.counter, deployed.model_dump_json()
-        usage = self._authority.usage
-        usage.keep_days, usage.max_clients = deployed.counter.usage_days, deployed.counter.usage_clients
-        if has_moved:
-            await self._upkeep.move(self._store_of(self._config), is_shared=self._config.is_in_redis)
-        if is_new and self._memory is not None:
-            await asyncio.to_thread(self._memory.remember, args_json)
+        async with self._configuring:
+            self._desk.deploy(deployed)
+            self._config = deployed.counter
+            is_new = deployed.model_dump_json() != self._deployed_json
+            self._deployed_json, self._deployed_slots = deployed.model_dump_json(), deployed.slots
+            for slot in deployed.slots:
+                if slot not in self._models:
+                    self._models[slot] = await asyncio.to_thread(self._make, slot)
+            self._introduce()
+            self._take_settings()
+            for slot in deployed.slots:
+                await self._models[slot].deploy(deployed.of_model(slot), self._store_of)
+            if is_new and self._memory is not None:
+                await asyncio.to_thread(self._memory.remember, args_json)
         return self.dispatcher.epoch
 
     async def ping(self) -> int:
         """The epoch."""
-        self._now_s()
+        self._tick_all()
         return self.dispatcher.epoch
 
     # -- changes ------------------------------------------------------------------------------------------------------
     # Durable when they return; each is one entry of the audit log, in the name of ``who``.
 
-    async def set_client(self, name: str, change: dict[str, Any], who: str) -> dict[str, Any]:
+    async def set_client(self, name: str, change: dict[str, Any], who: str, model: str = "") -> dict[str, Any]:
         """Set fields of ``views.ClientChange``, None takes one back, in force from the next pick on. Returns
-        ``views.ClientView``.
+        ``views.ClientView`` of this model; what is set holds for all.
 
         Raises:
             InvalidRequest: a field is wrong or unknown, or there can be no client of that name.
@@ -228,14 +221,14 @@ class CounterService:
         """
 
         def put(control: Control) -> None:
-            self.dispatcher.control(name, control, self._now_s())
-            self._wake_routers()
+            for one in self._models.values():
+                one.control(name, control)
 
         def is_node(name: str) -> bool:
-            return name in self.dispatcher.queue.table
+            return any(name in one.dispatcher.queue.table for one in self._models.values())
 
         await self._change(lambda: self._desk.plan_client(name, change, who, is_node), put)
-        return await self.client(name)
+        return await self.client(name, model)
 
     async def set_settings(self, change: dict[str, Any], who: str) -> list[dict[str, Any]]:
         """Set settings by path, None takes one back to the deployment's. A new epoch begins. Returns
@@ -278,7 +271,8 @@ class CounterService:
     async def key_directory(self, version: int) -> dict[str, Any] | None:
         """The live keys for an ingress that knows those of ``version`` (-1: none); None when it is up to date. While an
         ingress asks, the actor is in use, even without requests and replicas."""
-        self._busy_s = self._now_s()
+        self._tick_all()
+        self._busy_s = self._clock.now_s()
         return self._desk.key_directory(version)
 
     async def settings(self) -> list[dict[str, Any]]:
@@ -291,20 +285,19 @@ class CounterService:
 
     # -- moving counters between clusters -----------------------------------------------------------------------------
 
-    async def export_counters(self) -> dict[str, Any]:
+    async def export_counters(self, model: str = "") -> dict[str, Any]:
         """Counters and totals of one moment, as plain values that are JSON."""
-        self._now_s()
-        head, cut = await self._upkeep.cut()
+        head, cut = await self._of(model).upkeep.cut()
         return await asyncio.to_thread(lambda: document(head, cut.snapshot()))
 
-    async def import_counters(self, exported: dict[str, Any], who: str) -> int:
+    async def import_counters(self, exported: dict[str, Any], who: str, model: str = "") -> int:
         """Lay the counters of such an export over those in force; a new epoch begins. The same one twice changes
         nothing more. Returns how many clients it names.
 
         Raises:
             InvalidRequest: it is no such export, or something in it is wrong.
         """
-        self._now_s()
+        mine = self._of(model)
         try:
             head, snapshot = await asyncio.to_thread(read_document, exported)
             theirs = adopted(head, snapshot)
@@ -313,92 +306,128 @@ class CounterService:
         num_clients = sum(not is_group(node) for node in snapshot["counters"])
 
         def laid_over_mine() -> Snapshot:
-            return laid_over(self.dispatcher.dump(), theirs, self._upkeep.cluster)
+            return laid_over(mine.dispatcher.dump(), theirs, mine.upkeep.cluster)
 
         def plan() -> Change:
             try:
-                self._authority.try_out(laid_over_mine())
+                mine.authority.try_out(laid_over_mine())
             except ValueError as error:
                 raise _cannot_import(error) from None
             return self._desk.plan_import(head.cluster, num_clients, who)
 
         def exchange(answer: Any) -> None:
-            self._authority.exchange(laid_over_mine())
-            self._polls.wake_all()
+            mine.exchange(laid_over_mine())
 
         await self._change(plan, exchange)
         return num_clients
 
     async def _change(self, plan: Callable[[], Change], apply: Callable[[Any], None] = lambda answer: None) -> Any:
-        """Check, keep, adopt, apply; one change at a time. What is kept is adopted even when the caller has gone."""
-        self._now_s()
+        """See :meth:`LiveChanges.make`; all models are told what happened."""
+        self._tick_all()
 
-        async def make() -> Any:
-            async with self._upkeep.changing:
-                change = plan()
-                await asyncio.to_thread(self._upkeep.keeper.keep, change)
-                self._desk.adopt(change)
-                apply(change.answer)
-                who, what, client = told(change.entry)
-                self.dispatcher.notes.changed(who, what, self._clock.now_s(), client)
-                return change.answer
+        def put(change: Change) -> None:
+            apply(change.answer)
+            who, what, client = told(change.entry)
+            for one in self._models.values():
+                one.dispatcher.notes.changed(who, what, self._clock.now_s(), client)
 
-        return await asyncio.shield(asyncio.create_task(make()))
+        return await self._changes.make(plan, put)
 
     def _take_settings(self) -> None:
         """The settings in force may have changed."""
-        if self._authority.take_settings(self._desk.in_force):
-            self._polls.wake_all()
+        args = self._desk.in_force
+        for slot in args.slots:
+            self._models[slot].take_settings(args.of_model(slot))
+        self._across.is_on = args.across_models
 
-    def _take_over(self) -> None:
-        """Another cluster has changed settings, or controls of clients."""
+    def _take_over(self, clients: Iterable[str]) -> None:
+        """Another cluster has changed settings, or the controls of these clients."""
+        for one in self._models.values():
+            for client in clients:
+                one.control(client, self._desk.control(client))
         self._take_settings()
-        self._wake_routers()
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _about(self) -> About:
-        args = self._authority.args
-        return About(args.model_name, args.fairness.prediction)
+    def _make(self, slot: str, store: Store | None = None, changes: LiveChanges | None = None) -> ModelCounters:
+        """The counters of one model, as they were left. May block on their store."""
+        args = self._desk.in_force.of_model(slot)
+        config = args.counter
+        return ModelCounters(
+            args,
+            self._life,
+            self._clock,
+            self._unix_s,
+            controls=dict(self._desk.state.controls),
+            usage=UsageBook(config.usage_days, config.usage_clients),
+            saver=Saver(self._find_cluster, self._life, self._unix_s, self._clock.now_s),
+            store=store if changes is not None else self._store_of(config),
+            changes=changes,
+            metrics=self._metrics(config.name),
+            was_restarted=self._was_restarted,
+        )
 
-    def _now_s(self) -> float:
-        if self._ticking is None:
-            self._ticking = asyncio.get_running_loop().create_task(for_ever(self._tick))
-        return self._clock.now_s()
+    def _find_cluster(self) -> str:
+        self._cluster = self._cluster or cluster_id(self._id_memory)
+        return self._cluster
 
-    def _wake_routers(self) -> None:
-        self._polls.wake(self.dispatcher.take_routers_to_wake())
+    def _introduce(self) -> None:
+        """Budgets hold for all models together."""
+        books = [one.usage for one in self._models.values()]
+        for book in books:
+            book.meet(books)
+
+    def _of(self, model: str) -> ModelCounters:
+        """
+        Raises:
+            UnknownModel: there is none of this slot or name.
+        """
+        self._tick_all()
+        found = self._models.get(model)
+        if found is None:
+            found = next((one for one in self._models.values() if one.authority.args.model_name == model), None)
+        if found is None:
+            names = [one.authority.args.model_name for one in self._models.values()]
+            raise UnknownModel(model[:128], ", ".join(names))
+        return found
+
+    def _tick_all(self) -> None:
+        """Time passes from the first call on, for every model by itself."""
+        if self._ticking_all is None:
+            self._ticking_all = asyncio.create_task(for_ever(self._tick))
+        if len(self._ticking) < len(self._models):
+            for slot in self._models.keys() - self._ticking.keys():
+                self._ticking[slot] = asyncio.create_task(for_ever(self._models[slot].tick))
+
+    def end(self) -> None:
+        """Time stands still from now on: for whoever holds a service without an actor."""
+        for task in (self._ticking_all, *self._ticking.values()):
+            if task is not None:
+                task.cancel()
 
     async def _tick(self) -> None:
+        """What concerns all models."""
         await asyncio.sleep(TICK_S)
+        await self._across.exchange()
         now_s = self._clock.now_s()
-        self._authority.usage.turn(self._unix_s())
-        self.dispatcher.tick(now_s)
-        self._spans.keep(self.dispatcher.holds)
-        self._wake_routers()
-        await self._reading.tick()
-        await self._export(now_s)
-        if self._authority.log_file is not None:
-            await asyncio.to_thread(self._authority.log_file.flush)
-        if now_s - self._saved_s >= self._config.snapshot_s - TICK_S and self._upkeep.begin():
-            self._saved_s = now_s
-        if self.dispatcher.is_idle:
-            if now_s - self._busy_s > self._config.idle_ttl_s and self._on_idle is not None:
-                self._on_idle()
-        else:
+        for slot in self._models.keys() - set(self._deployed_slots):
+            if self._models[slot].dispatcher.is_idle:
+                async with self._configuring:
+                    await self._retire(slot)
+        if not all(one.dispatcher.is_idle for one in self._models.values()):
             self._busy_s = now_s
+        elif now_s - self._busy_s > self._config.idle_ttl_s and self._on_idle is not None:
+            self._on_idle()
 
-    async def _export(self, now_s: float) -> None:
-        metrics = self._metrics
-        if metrics is None or now_s - self._exported_s < self._authority.args.metrics.interval_s:
+    async def _retire(self, slot: str) -> None:
+        """The model is served no more; its counters stay in the store, if there is one."""
+        if slot in self._deployed_slots:
             return
-        self._exported_s = now_s
-        picture = await self._reading.overview(metrics.num_rows)
-        rows = {}
-        for name in metrics.missing(picture):
-            with contextlib.suppress(UnknownClient):
-                rows[name] = await self._reading.client(name)
-        metrics.export(picture, rows.get, now_s)
+        one = self._models.pop(slot)
+        self._ticking.pop(slot).cancel()
+        if one.upkeep.store is not None:
+            await one.upkeep.keep(one.upkeep.store)
+        self._introduce()
 
 
 def _cannot_import(error: ValueError) -> InvalidRequest:

@@ -49,20 +49,21 @@ SendAll = Callable[[tuple[StepReport, ...]], Awaitable[tuple[ReportReply, ...]]]
 class NodeReports:
     """The node's side: a plain asyncio object, which :func:`start_node_reports` puts into an actor.
 
-    ``send`` reaches the counter actor and may raise anything; without it, over Ray. ``on_idle`` is called when nobody
-    reports here any more.
+    ``slot``: of the model whose replicas report. ``send`` reaches the counter actor and may raise anything; without it,
+    over Ray. ``on_idle`` is called when nobody reports here any more.
     """
 
     def __init__(
         self,
         config_json: str,
+        slot: str = "",
         *,
         send: SendAll | None = None,
         clock: Clock | None = None,
         on_idle: Callable[[], None] | None = None,
     ) -> None:
         config = CounterConfig.model_validate_json(config_json)
-        self._send = send or RayTransport(lambda: find_counter_actor(config)).reports
+        self._send = send or RayTransport(lambda: find_counter_actor(config), slot=slot).reports
         self._timeout_s = SHARE * config.call_timeout_s
         self._clock = clock or SystemClock()
         self._on_idle = on_idle
@@ -179,9 +180,9 @@ class NodeTransport:
             self._finding = None
 
 
-def start_node_reports(config: CounterConfig, group: str | None = None) -> Any:
-    """The handle of this node's actor, or of one for a ``group`` of its replicas; starts it when it is not there.
-    Blocks on Ray.
+def start_node_reports(config: CounterConfig, group: str | None = None, slot: str = "") -> Any:
+    """The handle of this node's actor for a model, or of one for a ``group`` of its replicas; starts it when it is
+    not there. Blocks on Ray.
 
     Detached and never restarted: the next report of a replica starts another one.
     """
@@ -192,7 +193,7 @@ def start_node_reports(config: CounterConfig, group: str | None = None) -> Any:
     return (
         ray.remote(NodeReports)
         .options(
-            name=f"{config.name}-reports-{group or node_id}",
+            name=f"{config.of_slot(slot).name}-reports-{group or node_id}",
             namespace=config.namespace,
             lifetime="detached",
             get_if_exists=True,
@@ -202,15 +203,15 @@ def start_node_reports(config: CounterConfig, group: str | None = None) -> Any:
             num_cpus=0,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
         )
-        .remote(config.model_dump_json(), on_idle=end_this_actor)
+        .remote(config.model_dump_json(), slot, on_idle=end_this_actor)
     )
 
 
 def way_of_reports(
-    args: FairServeArgs, straight: CounterTransport, clock: Clock, group: str | None = None
+    args: FairServeArgs, straight: CounterTransport, clock: Clock, group: str | None = None, slot: str = ""
 ) -> CounterTransport:
     """How a replica reaches the counter actor by these settings; ``group``: see :func:`start_node_reports`."""
     if args.counter.reports_per_node == "each":
         return straight
     timeout_s = SHARE * args.counter.call_timeout_s
-    return NodeTransport(straight, lambda: start_node_reports(args.counter, group), timeout_s, clock)
+    return NodeTransport(straight, lambda: start_node_reports(args.counter, group, slot), timeout_s, clock)

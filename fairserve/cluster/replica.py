@@ -338,7 +338,8 @@ def _plus(one: Usage, other: Usage) -> Usage:
 class ModelReplica:
     """The Serve deployment class: builds a :class:`ReplicaCore` round the configured model."""
 
-    async def __init__(self, args_json: str) -> None:  # type: ignore[misc]
+    async def __init__(self, args_json: str, slot: str = "") -> None:  # type: ignore[misc]
+        """``args_json``: of the whole service; ``slot``: which of its models this is."""
         from ray import serve
 
         from fairserve.engine.engine import build_engine
@@ -346,15 +347,16 @@ class ModelReplica:
         from fairserve.engine.sizing import num_threads, uses_gpu
 
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        args = FairServeArgs.model_validate_json(args_json)
-        actor = await asyncio.to_thread(_begin, args)
+        whole = FairServeArgs.model_validate_json(args_json)
+        args = whole.of_model(slot)
+        actor = await asyncio.to_thread(_begin, whole)
         clock = SystemClock()
         book: LocalBook[GenerateRequest] = make_local_book(args.fairness)
         if args.engine.tensor_parallel_size > 1:
             from fairserve.cluster.shards import start_shards
             from fairserve.engine.shards import Rank, join
 
-            address, self._shards = await asyncio.to_thread(start_shards, args)
+            address, self._shards = await asyncio.to_thread(start_shards, whole, slot)
             await asyncio.to_thread(join, Rank(0, args.engine.tensor_parallel_size, address))
         engine = await asyncio.to_thread(
             build_engine,
@@ -364,11 +366,13 @@ class ModelReplica:
             preempt_gap=args.dispatch.preempt_gap,
             queue=book,
             account=book,
-            num_threads=num_threads(args),
+            num_threads=num_threads(args, whole),
             clock=clock,
         )
         name = serve.get_replica_context().replica_id.unique_id
-        transport = way_of_reports(args, RayTransport(lambda: start_counter_actor(args), actor), clock)
+        transport = way_of_reports(
+            whole, RayTransport(lambda: start_counter_actor(whole), actor, slot), clock, slot=slot
+        )
         metrics = deployment_metrics(args.metrics, args.counter.name)
         tracer = make_tracing(args.tracing)
         self._core = ReplicaCore(name, engine.limits, book, transport, args, clock, metrics, tracer)

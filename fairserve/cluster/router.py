@@ -24,8 +24,9 @@ class FairRouter(RequestRouter):
     """Waits for a grant, then sends the request to the granted replica; without the counter actor, to the less loaded
     of two random replicas, whose local queue is fair by itself.
 
-    ``request_router_kwargs``: ``counter``, a ``CounterConfig`` as a dict; ``metrics``, a ``MetricsConfig`` as one;
-    ``tracing``, a ``TracingConfig``; ``prefix_block_tokens``, 0 where the policy does not look at prefixes.
+    ``request_router_kwargs``: ``counter``, a ``CounterConfig`` as a dict; ``slot``, of the model; ``metrics``, a
+    ``MetricsConfig`` as a dict; ``tracing``, a ``TracingConfig`` as one; ``prefix_block_tokens``, 0 where the policy
+    does not look at prefixes.
     """
 
     def initialize_state(self, **kwargs: Any) -> None:
@@ -38,13 +39,14 @@ class FairRouter(RequestRouter):
         from fairserve.dispatch.router_book import RouterBook
 
         config = CounterConfig.model_validate(kwargs["counter"])
+        slot: str = kwargs.get("slot", "")
         self._prefix_block_tokens: int = kwargs.get("prefix_block_tokens", 0)
         self._client = RouterClient(
             RouterBook(f"router-{uuid.uuid4().hex}", time.time_ns()),
-            RayTransport(lambda: find_counter_actor(config)),
+            RayTransport(lambda: find_counter_actor(config), slot=slot),
             config,
             SystemClock(),
-            deployment_metrics(MetricsConfig.model_validate(kwargs.get("metrics", {})), config.name),
+            deployment_metrics(MetricsConfig.model_validate(kwargs.get("metrics", {})), config.of_slot(slot).name),
         )
         self._tracer = make_tracing(TracingConfig.model_validate(kwargs.get("tracing", {})))
         self._random = random.Random()

@@ -52,6 +52,11 @@ class Saver:
         self._cluster = self._cluster or self._find_cluster()
         return self._cluster
 
+    @property
+    def incarnation(self) -> int:
+        """When counting began, by the life of the authority that began it."""
+        return self._head.incarnation
+
     def go_on(self, head: Head | None) -> None:
         """This life counts on from the snapshot with this head. None: from one of another cluster, or from the very
         beginning of all."""

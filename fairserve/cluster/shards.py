@@ -14,23 +14,25 @@ from fairserve.config import FairServeArgs
 class Shard:
     """One rank but the first."""
 
-    def follow(self, args_json: str, number: int, address: str) -> None:
+    def follow(self, args_json: str, slot: str, number: int, address: str) -> None:
         """Run what rank 0 runs, until it stops or is gone."""
         from fairserve.engine.engine import follow
         from fairserve.engine.shards import Rank
         from fairserve.engine.sizing import num_threads
 
-        args = FairServeArgs.model_validate_json(args_json)
+        whole = FairServeArgs.model_validate_json(args_json)
+        args = whole.of_model(slot)
         size = args.engine.tensor_parallel_size
-        follow(args.model, args.engine, Rank(number, size, address), num_threads(args))
+        follow(args.model, args.engine, Rank(number, size, address), num_threads(args, whole))
 
 
-def start_shards(args: FairServeArgs) -> tuple[str, list[Any]]:
-    """Start ranks 1 and up, beside this actor, which becomes rank 0. Returns where they meet, host:port, and their
-    actors, which live as long as somebody holds them."""
+def start_shards(whole: FairServeArgs, slot: str) -> tuple[str, list[Any]]:
+    """Start ranks 1 and up of this model's replica, beside this actor, which becomes rank 0. Returns where they meet,
+    host:port, and their actors, which live as long as somebody holds them."""
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+    args = whole.of_model(slot)
     group = ray.util.get_current_placement_group()
     assert group is not None, "a deployment with tensor_parallel_size above 1 has a placement group"
     host = ray.util.get_node_ip_address()
@@ -48,7 +50,7 @@ def start_shards(args: FairServeArgs) -> tuple[str, list[Any]]:
             )
             .remote()
         )
-        shard.follow.remote(args.model_dump_json(), number, address)
+        shard.follow.remote(whole.model_dump_json(), slot, number, address)
         shards.append(shard)
     return address, shards
 

@@ -2,7 +2,7 @@
 
 A budget counts input tokens (cached ones, too) and output tokens, of what the ledger has merged, in a calendar window
 of UTC: the minute, day or month under way. A client's holds for its batches and service tiers, too, a group's for the
-sum of its clients.
+sum of its clients; both for all models of the service together.
 
 *Hard*: a request enters only if what is used, what is promised to requests under way and what this one is expected to
 take fit together. Expected is its input and the output that the predictor foretells (1 token where it foretells none).
@@ -92,6 +92,7 @@ class Budgets:
         self._carried: dict[str, BudgetRows] = {}
         self._promises: dict[str, _Promise] = {}
         self._promised: dict[str, int] = {}
+        usage.promised = self._promised
         self._to_weigh: set[str] = set()
         self._seen = usage.now
         for group, rows in self._settings.groups.items():
@@ -139,7 +140,7 @@ class Budgets:
             if budget.hard is None:
                 continue
             asked = asked or submit.num_input + self._expected(submit)
-            promised = self._promised.get(node, 0)
+            promised = self._promises_to(node)
             if used + promised + asked <= budget.hard:
                 continue
             reset_s = self._reset_s(budget.window)
@@ -188,6 +189,10 @@ class Budgets:
                 del self._promised[node]
         promise.left = left
 
+    def _promises_to(self, node: str) -> int:
+        """Tokens, by all models of the service."""
+        return self._promised.get(node, 0) + self._usage.promised_elsewhere(node)
+
     def _expected(self, submit: Submit) -> int:
         """Output tokens."""
         foretold = self._predictor.predict(submit.client, submit.application, submit.predicted_output)
@@ -206,6 +211,7 @@ class Budgets:
         if (now.minute, now.day) != (self._seen.minute, self._seen.day):
             self._to_weigh.update(self._rows)
         self._seen = now
+        self._to_weigh |= self._usage.take_touched() & self._rows.keys()
         nodes, self._to_weigh = self._to_weigh, set()
         return [(node, self._settings.soft_weight if self._passed(node) else 1.0) for node in sorted(nodes)]
 
@@ -224,7 +230,7 @@ class Budgets:
             if budget.soft is not None and used >= budget.soft:
                 passed = passed or name
             if budget.hard is not None:
-                left = max(0, budget.hard - used - self._promised.get(node, 0))
+                left = max(0, budget.hard - used - self._promises_to(node))
                 if nearest is None or left < nearest[1]:
                     nearest = (budget.hard, left, self._reset_s(budget.window), name)
         return (*(nearest or (None, 0, 0.0, "")), passed)
@@ -239,7 +245,7 @@ class Budgets:
                 "soft": budget.soft,
                 "hard": budget.hard,
                 "used": used,
-                "promised": self._promised.get(node, 0),
+                "promised": self._promises_to(node),
                 "resets_s": self._usage.now.ends_s(budget.window),
             }
             for node, budget, used in self._of(client)

@@ -24,6 +24,7 @@ from fairserve.dispatch.decision_log import DecisionLog
 from fairserve.dispatch.events import Events
 from fairserve.dispatch.granting import Granting
 from fairserve.dispatch.intake import Intake
+from fairserve.dispatch.ledger import CLUSTER, MODEL
 from fairserve.dispatch.limits import DispatchLimits
 from fairserve.dispatch.losses import Losses
 from fairserve.dispatch.merging import Merging
@@ -244,6 +245,23 @@ class Dispatcher:
             return
         self._merging.cluster(cluster, incarnation, totals, weights, seq)
         self.state.forget_idle()
+
+    def merge_model(
+        self, slot: str, incarnation: int, service: Mapping[str, float], weights: Mapping[str, float], *, is_first: bool
+    ) -> None:
+        """Part of what another model of the same service has served since its counting began, by account, in units of
+        this model's: charged like another cluster's, but usage and budgets have it from there. ``is_first``: nothing of
+        it was ever told here; what was served until now is charged to nobody."""
+        name, totals = MODEL.removeprefix(CLUSTER) + slot, {one: Totals(service=sum_) for one, sum_ in service.items()}
+        if is_first:
+            self.ledger.merge_cluster(name, incarnation, totals, 0)
+            return
+        self._merging.cluster(name, incarnation, totals, weights, 0, is_usage=False)
+        self.state.forget_idle()
+
+    def knows_model(self, slot: str, incarnation: int) -> bool:
+        """Whether :meth:`merge_model` was ever told of it."""
+        return self.ledger.knows(MODEL.removeprefix(CLUSTER) + slot, incarnation)
 
     def control(self, client: str, control: Control, now_s: float) -> None:
         """Set what holds for a client from the next pick on; makes the client known. A client that is paused keeps

@@ -5,7 +5,8 @@ account that is open there: a difference can be taken only while the row is ther
 says that the account is over (``StepReport.closed``), or when a full report does not name it. *Totals* hold, per
 account, the sum over all replicas for people to look at: no decision reads them, and those of a client that is
 forgotten move to :data:`FORGOTTEN`, so that the sum of all stays. Where other clusters merge these totals
-(``is_shared``) they only ever rise, so they stay, whoever is forgotten.
+(``is_shared``), or other models of the same service do (:meth:`Ledger.take_news`), they only ever rise, so they stay,
+whoever is forgotten.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from fairserve.fairness.accounts import client_of, first_generation
 CLUSTER = "cluster:"
 """Before the id of another cluster, where the name of a replica stands. What those served counts here, and is not told
 to others as ours."""
+MODEL = CLUSTER + "model:"
+"""Before the slot of another model of the same service, likewise."""
 EARLIER: BookKey = (CLUSTER, 0)
 """What was served before counting began here: for people, charged to nobody."""
 FORGOTTEN = ""
@@ -61,6 +64,8 @@ class Ledger:
         """Books of replicas that are lost, the longest lost first."""
         self.is_shared = False
         """Other clusters merge what this one publishes of its totals."""
+        self._news: dict[str, None] | None = None
+        """Accounts whose totals have changed since :meth:`take_news`, while somebody asks."""
         self.whole = Sum()
         """What all clients together have received; to look at."""
         self._accounts: Changes[str, Served] | None = None
@@ -149,7 +154,7 @@ class Ledger:
     def forget(self, client: str) -> None:
         """Nobody will ask what this client has received. Books of replicas stay as they are: what is still to come is
         merged. No effect on totals that other clusters merge, or that hold some of theirs."""
-        if self.is_shared or self._clusters.keys() - {EARLIER}:
+        if self.is_shared or self._news is not None or self._clusters.keys() - {EARLIER}:
             return
         accounts = (client, *self._with_application.pop(client, ()))
         if self._accounts is not None:
@@ -183,6 +188,30 @@ class Ledger:
                 added[account] = total - had
                 self._add(account, added[account])
         return added
+
+    def take_news(self, *, is_whole: bool) -> list[str]:
+        """Accounts whose totals have changed since the last call; with ``is_whole`` all. From the first call until
+        :meth:`no_news` totals only ever rise."""
+        news = self._totals if is_whole or self._news is None else self._news
+        self._news = {}
+        return [account for account in news if account != FORGOTTEN]
+
+    def no_news(self) -> None:
+        """Nobody asks for them any more."""
+        self._news = None
+
+    def served_by_model(self, account: str) -> float:
+        """Service by this model of the service since counting began, of this cluster and of those that share its store,
+        and by none of the other models."""
+        service: float = self._totals[account].service
+        for key, book in self._clusters.items():
+            if (key == EARLIER or key[0].startswith(MODEL)) and (elsewhere := book.totals.get(account)) is not None:
+                service -= elsewhere.service
+        return service
+
+    def knows(self, cluster: str, incarnation: int) -> bool:
+        """Whether something of it, at least that there is nothing, has been taken in."""
+        return (CLUSTER + cluster, incarnation) in self._clusters
 
     def known_clusters(self) -> dict[tuple[str, int], int]:
         """Up to where other clusters' totals have been taken in, by cluster and incarnation."""
@@ -275,6 +304,8 @@ class Ledger:
         return len(book.totals) + 1
 
     def _add(self, account: str, difference: Totals) -> None:
+        if self._news is not None:
+            self._news[account] = None
         total = self._totals.get(account)
         if total is None:
             total = self._totals[account] = Sum()
@@ -305,6 +336,7 @@ class Ledger:
         """Take over what :meth:`dump` gave."""
         self._totals, self._with_application, self.whole = {}, {}, Sum()
         self._books, self._clusters = {}, {}
+        self._news = None
         for account, row in data["totals"].items():
             self._add(account, Totals(*row))
         for name, incarnation, seq, totals in data["books"]:

@@ -53,13 +53,22 @@ class Merging:
         return True
 
     def cluster(
-        self, cluster: str, incarnation: int, totals: Mapping[str, Totals], weights: Mapping[str, float], seq: int
+        self,
+        cluster: str,
+        incarnation: int,
+        totals: Mapping[str, Totals],
+        weights: Mapping[str, float],
+        seq: int,
+        *,
+        is_usage: bool = True,
     ) -> None:
-        """Totals of another cluster; see :meth:`Dispatcher.merge_cluster`."""
+        """Totals of another cluster; see :meth:`Dispatcher.merge_cluster`. ``is_usage``: nobody else counts them
+        towards usage and budgets."""
         state, watch = self._state, self._state.watch
         added = state.ledger.merge_cluster(cluster, incarnation, totals, seq)
         clients = {client_of(account) for account in added}
-        self._count(added, {account: client_of(account) for account in added})
+        if is_usage:
+            self._count(added, {account: client_of(account) for account in added})
         with watch.returning(clients), watch.merging(CLUSTER + cluster, clients):
             for account, difference in added.items():
                 if (client := client_of(account)) not in state.queue.table:

@@ -7,7 +7,7 @@ What is merged counts on the day on which it is merged. With clusters that share
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +50,13 @@ class UsageBook:
         self._days: dict[int, dict[str, _Row]] = {}
         self._num_rows = 0
         self._sums: dict[str, dict[Window, int]] = {}
-        """Tokens of each window under way, of clients and groups that are watched."""
+        """Tokens of each window under way, of clients and groups that are watched here or elsewhere."""
+        self._watched: set[str] = set()
+        self._others: tuple[UsageBook, ...] = ()
+        """Of the other models of the same service."""
+        self._touched: set[str] = set()
+        self.promised: Mapping[str, int] = {}
+        """Tokens by client or group, promised to requests under way: ``budgets.py`` keeps them."""
         self._unsaved: set[UsageKey] = set()
         self._in_cut: set[UsageKey] = set()
         """Of the cut that may not be kept yet."""
@@ -89,26 +95,52 @@ class UsageBook:
                 if (sums := self._sums.get(node)) is not None:
                     for window in sums:
                         sums[window] += num_input + num_output
+                    for other in self._others:
+                        other._touched.add(node)
 
     def accepted(self, client: str) -> None:
         """A request of its may wait, or run."""
         self._row(client).num_requests += 1
 
+    def meet(self, books: Iterable[UsageBook]) -> None:
+        """These, and no others, are of the models of one service: a budget is of what they hold together."""
+        self._others = tuple([book for book in books if book is not self])
+        for node in {node for book in self._others for node in book._watched}:
+            self._lend(node)
+
     def watch(self, node: str) -> None:
         """From now on :meth:`tokens` knows this client, or group. O(its rows of the month)."""
+        self._watched.add(node)
+        for book in (self, *self._others):
+            book._lend(node)
+
+    def unwatch(self, node: str) -> None:
+        self._watched.discard(node)
+        books = (self, *self._others)
+        if not any(node in book._watched for book in books):
+            for book in books:
+                book._sums.pop(node, None)
+
+    def take_touched(self) -> set[str]:
+        """Whose tokens have risen at another model since the last call."""
+        touched, self._touched = self._touched, set()
+        return touched
+
+    def _lend(self, node: str) -> None:
         if node not in self._sums:
             self._sums[node] = {"minute": 0, "day": 0, "month": 0}
             self._sum_up(node)
 
-    def unwatch(self, node: str) -> None:
-        self._sums.pop(node, None)
-
     # -- questions ----------------------------------------------------------------------------------------------------
 
     def tokens(self, node: str, window: Window) -> int:
-        """Input and output tokens in the window under way, of what is watched. A minute counts from when its watch, or
-        this process, began."""
-        return self._sums[node][window]
+        """Input and output tokens in the window under way, of what is watched, of all models. A minute counts from when
+        its watch, or this process, began."""
+        return sum(book._sums[node][window] for book in (self, *self._others))
+
+    def promised_elsewhere(self, node: str) -> int:
+        """Tokens promised to requests under way at other models."""
+        return sum(book.promised.get(node, 0) for book in self._others)
 
     def rows(self, day: int) -> dict[str, UsageRow]:
         """By client, of one day."""

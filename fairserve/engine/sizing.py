@@ -85,9 +85,11 @@ def _available_memory() -> int:
         return available
 
 
-def num_threads(args: FairServeArgs) -> int:
-    """Torch threads of one process on a CPU: the configured number, else its share of this machine's cores."""
-    num_processes = args.num_replicas * args.engine.tensor_parallel_size
+def num_threads(args: FairServeArgs, whole: FairServeArgs | None = None) -> int:
+    """Torch threads of one process on a CPU: the configured number, else its share of this machine's cores among the
+    processes of all models of the ``whole`` service."""
+    models = (whole, *whole.more_models) if whole is not None else (args,)
+    num_processes = sum(one.num_replicas * one.engine.tensor_parallel_size for one in models)
     return args.engine.num_threads or max(1, len(os.sched_getaffinity(0)) // num_processes)
 
 

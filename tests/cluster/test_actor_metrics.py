@@ -272,7 +272,7 @@ async def test_a_counter_service_exports_by_itself_what_it_serves() -> None:
 
     args = FairServeArgs.model_validate({"metrics": {"interval_s": 0.1, "top_clients": 1}, "counter": {"store": None}})
     sink = RecordedMetrics()
-    service = CounterService(args.model_dump_json(), metrics=sink, was_restarted=lambda: True)
+    service = CounterService(args.model_dump_json(), metrics=lambda _: sink, was_restarted=lambda: True)
     await service.ping()
     await until(lambda: bool(sink.gauges))
     assert sink.gauges["fairserve_actor_restored", "scratch"] == 1
@@ -282,4 +282,4 @@ async def test_a_counter_service_exports_by_itself_what_it_serves() -> None:
     await until(lambda: sum(v for k, v in sink.counters.items() if k[0] == "fairserve_client_service") == 16.0)
     waiting = {key[1]: value for key, value in sink.gauges.items() if key[0] == "fairserve_client_waiting"}
     assert set(waiting) >= {"other"} and sum(waiting.values()) == sink.gauges["fairserve_waiting",]
-    service._ticking.cancel()
+    service.end()

@@ -187,7 +187,7 @@ async def test_a_rotated_decision_log_begins_with_who_decides(tmp_path: Path) ->
     path = tmp_path / "log.jsonl"
     counter = CONFIG.model_copy(update={"decision_log_path": str(path)})
     service = CounterService(ARGS.model_copy(update={"counter": counter}).model_dump_json())
-    service._authority.log_file._max_bytes = 1  # type: ignore[union-attr]
+    service.main.authority.log_file._max_bytes = 1  # type: ignore[union-attr]
     await service.ping()
     await until((tmp_path / "log.jsonl.1").exists)
     await service.set_client("ann", {"weight": 2}, "root")

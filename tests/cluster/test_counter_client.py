@@ -67,7 +67,7 @@ async def test_a_request_that_is_granted_at_once_costs_one_call(
     assert await client.acquire(submit()) is not None
     assert wire.num_calls == 1, "no poll stands beside it"
     waits = asyncio.create_task(client.acquire(submit("r2")))
-    await until(lambda: len(service._polls) == 1)
+    await until(lambda: len(service.main._polls) == 1)
     await service.report(replica_report(2, finished=("r1",)))
     assert await waits is not None
 
@@ -334,10 +334,10 @@ async def test_a_service_that_an_ingress_asks_for_keys_does_not_end_itself() -> 
     for _ in range(4):
         clock.advance(40)
         assert await service.key_directory(-1) is not None
-        await service._tick()
+        await service.main.tick()
     assert not ended.is_set()
     clock.advance(51)
-    await service._tick()
+    await service.main.tick()
     assert ended.is_set()
 
 
@@ -347,7 +347,7 @@ async def test_counters_outlive_the_service_in_a_snapshot(tmp_path: Any) -> None
     first = CounterService(args.model_dump_json(), clock=clock)
     await first.report(replica_report(1, totals={"bob": Totals(5, 0, 5, 15.0)}))
     async with asyncio.timeout(5):
-        while not first._upkeep._saved_acks:  # the file is there before anything is in it
+        while not first.main.upkeep._saved_acks:  # the file is there before anything is in it
             clock.advance(1)
             await asyncio.sleep(0.05)
     second = CounterService(args.model_dump_json())
@@ -384,7 +384,7 @@ async def test_two_polls_of_one_router_both_end_and_leave_nothing_behind(service
     replies = await asyncio.gather(*polls)
     assert [len(reply.grants) for reply in replies] == [1, 1], "given out again until it is acknowledged"
     await service.poll(RouterCall("router", 1, 1, service.dispatcher.epoch, grants_ack=replies[0].grants[0].seq))
-    assert not service._polls
+    assert not service.main._polls
 
 
 async def test_a_poll_that_was_open_while_the_settings_changed_asks_for_everything_again(
@@ -437,7 +437,7 @@ class Actor:
         self.route = self
         self._answer = answer
 
-    async def remote(self, _: Any) -> Any:
+    async def remote(self, call: Any, slot: str) -> Any:
         if isinstance(self._answer, Exception):
             raise self._answer
         return self._answer

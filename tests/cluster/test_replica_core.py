@@ -337,7 +337,7 @@ async def test_a_draining_replica_finishes_what_runs_and_gives_back_what_does_no
     engine.holds.add("r2")
     running, served = await began(core, "r1")
     _, waiting = await began(core, "r2")
-    wire.service.dispatcher._losses.drain("replica", wire.service._now_s())  # a router said so
+    wire.service.dispatcher._losses.drain("replica", wire.service._clock.now_s())  # a router said so
     await until(lambda: wire.reports[-1].is_draining)
     assert engine.aborted == ["r2"]
     engine.step(engine.output("r1", tokens=1), engine.output("r2", "abort"))
@@ -351,7 +351,7 @@ async def test_a_draining_replica_finishes_what_runs_and_gives_back_what_does_no
 
 async def test_a_counter_actor_that_knows_nothing_of_the_drain_hears_of_it(core: ReplicaCore, wire: Wire) -> None:
     await until(lambda: bool(wire.reports))
-    wire.service.dispatcher._losses.drain("replica", wire.service._now_s())
+    wire.service.dispatcher._losses.drain("replica", wire.service._clock.now_s())
     await until(lambda: wire.reports[-1].is_draining)
     wire.service = CounterService(ARGS.model_dump_json())
     num_reports = len(wire.reports)

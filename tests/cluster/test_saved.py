@@ -22,9 +22,9 @@ async def test_a_report_counts_as_saved_once_a_snapshot_holds_it(tmp_path: Path)
     service = CounterService(args(tmp_path / "counters.sqlite"))
     first = await service.report(report(1))
     assert (first.ack, first.saved) == (1, 0)
-    store = service._upkeep.keeper.store
+    store = service.main.upkeep.store
     assert store is not None
-    await service._upkeep.keep(store)
+    await service.main.upkeep.keep(store)
     second = await service.report(report(2))
     assert (second.ack, second.saved) == (2, 1)
     again = CounterService(args(tmp_path / "counters.sqlite"))
@@ -34,10 +34,10 @@ async def test_a_report_counts_as_saved_once_a_snapshot_holds_it(tmp_path: Path)
 async def test_a_snapshot_that_cannot_be_written_saves_nothing(tmp_path: Path) -> None:
     service = CounterService(args(tmp_path / "counters.sqlite"))
     await service.report(report(1))
-    store = service._upkeep.keeper.store
+    store = service.main.upkeep.store
     assert store is not None
     store.path = tmp_path / "no folder" / "\0"
-    await service._upkeep.keep(store)
+    await service.main.upkeep.keep(store)
     assert (await service.report(report(2))).saved == 0
 
 

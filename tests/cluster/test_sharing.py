@@ -75,9 +75,9 @@ class Site:
     async def exchange(self) -> None:
         """What the actor does once a second."""
         self.clock.advance(1)
-        store = self.service._upkeep.keeper.store
+        store = self.service.main.upkeep.store
         assert store is not None
-        await self.service._upkeep.keep(store)
+        await self.service.main.upkeep.keep(store)
 
     @property
     def dispatcher(self) -> Any:

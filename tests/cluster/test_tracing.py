@@ -16,6 +16,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 
 from fairserve.api.app import create_app
+from fairserve.api.served_model import ServedModel
 from fairserve.api.service import OpenAIService
 from fairserve.clock import SystemClock
 from fairserve.cluster.counter_client import RouterClient, traced_acquire
@@ -50,14 +51,14 @@ class House:
     def __init__(self, tracer: Tracer) -> None:
         self.tracer = tracer
         self.counter = CounterService(ARGS.model_dump_json())
-        self.counter._spans = DispatchSpans(tracer)
+        self.counter.main._spans = DispatchSpans(tracer)
         self.wire = Wire(self.counter)
         self.engine = ScriptedLoop(LocalBook(make_policy("vtc"), WeightedTokens()))
         clock = SystemClock()
         self.core = ReplicaCore("m-1", LIMITS, self.engine.book, self.wire, ARGS, clock, tracer=tracer)
         self.engine.core = self.core
         self.router = RouterClient(RouterBook("router", 1), self.wire, ARGS.counter, clock)
-        service = OpenAIService(ARGS, self, byte_tokenizer(), 200, environ={}, tracer=tracer)
+        service = OpenAIService(ARGS, [ServedModel(ARGS, self, byte_tokenizer(), 200)], environ={}, tracer=tracer)
         app = create_app(lambda: service)
         self.http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://fairserve")
 

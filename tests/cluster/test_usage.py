@@ -31,9 +31,9 @@ def report(seq: int, num_output: int, epoch: int = 0) -> StepReport:
 
 
 async def saved(service: CounterService) -> None:
-    store = service._upkeep.keeper.store
+    store = service.main.upkeep.store
     assert store is not None
-    await service._upkeep.keep(store)
+    await service.main.upkeep.keep(store)
 
 
 async def test_usage_goes_on_in_the_next_life_exactly(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ async def test_usage_goes_on_in_the_next_life_exactly(tmp_path: Path) -> None:
 async def test_a_day_that_fills_a_page_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fairserve.cluster.counter_service.USAGE_PAGE", 1)
     service = service_at(tmp_path / "c.sqlite")
-    book = service._authority.usage
+    book = service.main.authority.usage
     for day in range(3):
         book.turn(NOON + day * 86_400)
         book.accepted("ann")

@@ -358,7 +358,7 @@ async def test_the_live_counter_service_writes_a_log_that_can_be_read_back(
     await service.configure(
         args.model_copy(update={"fairness": args.fairness.model_copy(update={"policy": "fcfs"})}).model_dump_json()
     )
-    await service._tick()
+    await service.main.tick()
 
     recorded = read_decisions(path)
     answered, turned_away = recorded.live.requests
@@ -377,7 +377,7 @@ async def test_without_a_path_the_live_counter_service_writes_nothing(
     monkeypatch.chdir(tmp_path)
     service = CounterService(FairServeArgs().model_dump_json(), clock=VirtualClock(), epoch=1)
     await service.route(RouterCall("east", 1, 1, 0, (Submit("r", "ann", 40, 20),)))
-    await service._tick()
+    await service.main.tick()
     assert not files_in(tmp_path)
 
 
