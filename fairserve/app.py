@@ -42,12 +42,13 @@ QUIET = LoggingConfig(enable_access_log=False)
 
 
 class Ingress:
-    """The HTTP door: tokenizes, names the client, and asks the model replicas through the fair router."""
+    """The HTTP door: tokenizes, names the client, and asks the replicas of the model through its fair router."""
 
-    async def __init__(self, args_json: str, model: DeploymentHandle) -> None:  # type: ignore[misc]
+    async def __init__(self, args_json: str, *models: DeploymentHandle) -> None:  # type: ignore[misc]
         from fairserve.api.admin_service import AdminService
         from fairserve.api.batches.service import BatchService
         from fairserve.api.live_keys import LiveKeys
+        from fairserve.api.served_model import ServedModel
         from fairserve.api.service import OpenAIService
         from fairserve.cluster.counter_query import CounterQuery
         from fairserve.cluster.metrics_sink import deployment_metrics
@@ -55,13 +56,16 @@ class Ingress:
         from fairserve.engine.loading import load_tokenizer
 
         args = FairServeArgs.model_validate_json(args_json)
-        tokenizer = await asyncio.to_thread(load_tokenizer, args.model, args.engine)
-        metrics = deployment_metrics(args.metrics, args.counter.name)
-        backend = HandleBackend(model, args.api, metrics)
-        limits = await backend.limits()
-        self._service = OpenAIService(
-            args, backend, tokenizer, limits.max_model_len, metrics=metrics, tracer=make_tracing(args.tracing)
-        )
+
+        async def served(slot: str, handle: DeploymentHandle) -> ServedModel:
+            one = args.of_model(slot)
+            tokenizer = await asyncio.to_thread(load_tokenizer, one.model, one.engine)
+            metrics = deployment_metrics(one.metrics, one.counter.name)
+            backend = HandleBackend(handle, one.api, metrics)
+            return ServedModel(one, backend, tokenizer, (await backend.limits()).max_model_len, metrics)
+
+        all_served = [served(slot, handle) for slot, handle in zip(args.slots, models, strict=True)]
+        self._service = OpenAIService(args, await asyncio.gather(*all_served), tracer=make_tracing(args.tracing))
         self._batches = BatchService(args.batches, self._service) if args.batches.directory else None
         query = CounterQuery.over_ray(args.counter)
         self._live_keys = LiveKeys(self._service.deployed, query.key_directory, self._service.adopt)
@@ -84,11 +88,12 @@ class Ingress:
         return app
 
 
-def build_model(args: FairServeArgs) -> serve.Application:
-    """The model replicas, which the counter actor grants requests to."""
+def build_model(whole: FairServeArgs, slot: str = "") -> serve.Application:
+    """The replicas of one model of the service, which the counter actor grants requests to."""
+    args = whole.of_model(slot)
     return serve.deployment(
         ModelReplica,
-        name="Model",
+        name=f"Model-{slot}" if slot else "Model",
         health_check_period_s=HEALTH_S,
         max_ongoing_requests=MAX_ONGOING,
         max_queued_requests=-1,
@@ -98,26 +103,29 @@ def build_model(args: FairServeArgs) -> serve.Application:
         request_router_config=RequestRouterConfig(
             request_router_class=FairRouter,
             request_router_kwargs={
-                "counter": args.counter.model_dump(),
+                "counter": whole.counter.model_dump(),
+                "slot": slot,
                 "metrics": args.metrics.model_dump(),
                 "tracing": args.tracing.model_dump(),
                 "prefix_block_tokens": args.dispatch.prefix_block_tokens if policy_of(args.fairness).window > 1 else 0,
             },
         ),
-        **how_many(args),
+        **how_many(whole, slot),
         **bundles(args),
-    ).bind(without_keys(args).model_dump_json())
+    ).bind(without_keys(whole).model_dump_json(), slot)
 
 
-def how_many(args: FairServeArgs) -> dict[str, Any]:
-    """The options of the model deployment that say how many replicas there are."""
+def how_many(whole: FairServeArgs, slot: str = "") -> dict[str, Any]:
+    """The options of a model's deployment that say how many replicas there are."""
+    args = whole.of_model(slot)
     config = args.autoscaling
     if config is None:
         return {"num_replicas": args.num_replicas}
     policy_kwargs = {
-        "counter": args.counter.model_dump(),
+        "counter": whole.counter.model_dump(),
         "target_use": config.target_use,
         "replicas_per_waiting_batch": config.replicas_per_waiting_batch,
+        "slot": slot,
     }
     return {
         "autoscaling_config": AutoscalingConfig(
@@ -132,8 +140,9 @@ def how_many(args: FairServeArgs) -> dict[str, Any]:
     }
 
 
-def build_ingress(args: FairServeArgs, model: serve.Application | DeploymentHandle) -> serve.Application:
-    """The HTTP ingress in front of ``model``; several ingresses, also of several applications, may share it."""
+def build_ingress(args: FairServeArgs, *models: serve.Application | DeploymentHandle) -> serve.Application:
+    """The HTTP ingress in front of ``models``, in the order of ``args.slots``; several ingresses, also of several
+    applications, may share them."""
     return serve.deployment(
         serve.ingress()(Ingress),
         name="Ingress",
@@ -143,7 +152,7 @@ def build_ingress(args: FairServeArgs, model: serve.Application | DeploymentHand
         graceful_shutdown_timeout_s=args.drain_s,
         ray_actor_options={"num_cpus": 0.1},
         logging_config=QUIET,
-    ).bind(with_hashed_keys(args).model_dump_json(), model)
+    ).bind(with_hashed_keys(args).model_dump_json(), *models)
 
 
 class ServedArgs(FairServeArgs):
@@ -170,7 +179,7 @@ def build_app(args: ServedArgs) -> serve.Application:
 
 def application(args: FairServeArgs) -> serve.Application:
     """The same, for settings that Serve never sees: keys in clear are hashed."""
-    return build_ingress(args, build_model(args))
+    return build_ingress(args, *(build_model(args, slot) for slot in args.slots))
 
 
 def with_hashed_keys(args: FairServeArgs) -> FairServeArgs:

@@ -211,6 +211,7 @@ def _add_connection(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--address", help="over Ray: auto, or HOST:PORT or ray://HOST:PORT (default: auto)")
     group.add_argument("--name", dest="actor", default=counter.name, help=f"counter.name (default: {counter.name})")
     group.add_argument("--namespace", default=counter.namespace, help=f"counter.namespace ({counter.namespace})")
+    group.add_argument("--model", default="", metavar="NAME", help="of several models, the one to look at (the first)")
     group.add_argument("--timeout", type=float, default=5.0, metavar="S", help="seconds to wait for an answer (5)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -230,6 +231,7 @@ def _connected(action: Action, options: argparse.Namespace) -> None:
             admin_key=options.admin_key,
             timeout_s=options.timeout,
             who=who,
+            model=options.model,
         ) as service:
             action(service, options)
     except InvalidRequest as error:

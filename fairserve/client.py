@@ -37,6 +37,7 @@ from fairserve.views import (
     EventView,
     History,
     KeyView,
+    ModelView,
     NewKey,
     Overview,
     ReplicaView,
@@ -59,6 +60,7 @@ def connect(
     admin_key: str | None = None,
     timeout_s: float = 5.0,
     who: str | None = None,
+    model: str = "",
 ) -> Connection:
     """A connection to one running service.
 
@@ -71,21 +73,23 @@ def connect(
         timeout_s: seconds that any call may take.
         who: written to the audit log with changes over Ray; None: ``python:`` and the user's name. Over HTTP it is the
             admin key's name.
+        model: of a service of several models, the one to ask about; "" for the first. Changes hold for all.
 
     Raises:
         CounterUnreachable: no such Ray cluster, or no counter actor in it.
     """
     if address is not None and address.startswith(("http://", "https://")):
         key = admin_key if admin_key is not None else os.environ.get(ENV_ADMIN_KEY)
-        return Connection(HttpDoor(address, key, timeout_s))
-    return Connection(RayDoor(address, name, namespace, timeout_s, who or f"python:{getpass.getuser()}"))
+        return Connection(HttpDoor(address, key, timeout_s), model)
+    return Connection(RayDoor(address, name, namespace, timeout_s, who or f"python:{getpass.getuser()}"), model)
 
 
 class Connection:
     """The methods for people of one running service. Close it, or use it as a context manager."""
 
-    def __init__(self, door: Door) -> None:
+    def __init__(self, door: Door, model: str = "") -> None:
         self._door = door
+        self._which = {"model": model} if model else {}
 
     def close(self) -> None:
         self._door.close()
@@ -98,9 +102,13 @@ class Connection:
 
     # -- reads --------------------------------------------------------------------------------------------------------
 
+    def models(self) -> tuple[ModelView, ...]:
+        """The models of the service, the first one first."""
+        return typed(tuple[ModelView, ...], self._door.ask("models"))
+
     def overview(self, top: int = 50, search: str | None = None) -> Overview:
         """The service at a glance, with the ``top`` busiest clients."""
-        return typed(Overview, self._door.ask("overview", top=top, search=search))
+        return typed(Overview, self._ask("overview", top=top, search=search))
 
     def verdict(self) -> Verdict:
         """Is the service fair now?"""
@@ -130,7 +138,7 @@ class Connection:
         while limit is None or len(found) < limit:
             room = PAGE if limit is None else min(PAGE, limit - len(found))
             asked = {"offset": len(found), "limit": room, "order": order, "search": search}
-            page = typed(ClientPage, self._door.ask("clients", **asked))
+            page = typed(ClientPage, self._ask("clients", **asked))
             found += page.clients
             if not page.clients or len(found) >= page.total:
                 break
@@ -141,7 +149,7 @@ class Connection:
         Raises:
             UnknownClient: no client of that name is known.
         """
-        return typed(ClientView, self._door.ask("client", name=name))
+        return typed(ClientView, self._ask("client", name=name))
 
     def counters(self) -> tuple[CounterView, ...]:
         """Counter, lead and weight of every client, by name."""
@@ -159,20 +167,20 @@ class Connection:
         """Clients over time: a point a second of the last hour, or one a minute (``resolution_s=60``) of the last week;
         ``since_s`` in Unix seconds."""
         asked = {"clients": list(clients), "since_s": since_s, "resolution_s": resolution_s}
-        return typed(History, self._door.ask("history", **asked))
+        return typed(History, self._ask("history", **asked))
 
     def usage(self, first: date, last: date) -> tuple[UsageView, ...]:
         """What each client used, by day (UTC) and client; the last day is included."""
         found: list[UsageView] = []
         asked: dict[str, int] | None = usage_days(first, last)
         while asked is not None:
-            views, asked = usage_views(self._door.ask("usage", **asked), asked["last_day"])
+            views, asked = usage_views(self._ask("usage", **asked), asked["last_day"])
             found += views
         return tuple(found)
 
     def events(self, after_seq: int = 0, limit: int = 200) -> tuple[EventView, ...]:
         """Oldest first."""
-        return typed(tuple[EventView, ...], self._door.ask("events", after_seq=after_seq, limit=limit))
+        return typed(tuple[EventView, ...], self._ask("events", after_seq=after_seq, limit=limit))
 
     def audit(self, before_seq: int | None = None, limit: int = 200) -> tuple[AuditView, ...]:
         """Newest first."""
@@ -233,7 +241,7 @@ class Connection:
 
     def export_counters(self) -> dict[str, Any]:
         """Counters and totals of one moment, as plain values that are JSON."""
-        return dict(self._door.ask("export_counters"))
+        return dict(self._ask("export_counters"))
 
     def import_counters(self, document: dict[str, Any]) -> int:
         """Lay the counters of an export over those in force. Returns how many clients it names.
@@ -242,6 +250,10 @@ class Connection:
             InvalidRequest: it is no export, or something in it is wrong.
         """
         return int(self._door.change("import_counters", exported=document))
+
+    def _ask(self, method: str, **arguments: Any) -> Any:
+        """What each model answers for itself."""
+        return self._door.ask(method, **arguments, **self._which)
 
     def _set_client(self, client: str, **fields: Any) -> ClientView:
         asked = changes.change_of(fields).model_dump(exclude_unset=True)

@@ -20,6 +20,7 @@ from fairserve.errors import (
     Unauthenticated,
     UnknownClient,
     UnknownKey,
+    UnknownModel,
 )
 from fairserve.views import KeyView, NewKey
 
@@ -134,7 +135,8 @@ class HttpDoor:
         if method == "export_counters":
             raise InvalidRequest(NOT_OVER_HTTP)
         if method == "client":
-            return self._send("GET", _client_path(arguments["name"]), arguments)
+            which = {"model": arguments["model"]} if "model" in arguments else {}
+            return self._send("GET", _client_path(arguments["name"]), arguments, params=which)
         if method == "usage":
             query = {"from": date_of(arguments["first_day"]), "to": date_of(arguments["last_day"])}
             return {"views": self._send("GET", "/usage", arguments, params=query)}
@@ -184,6 +186,9 @@ class HttpDoor:
                 return AdminKeyRequired(message)
             case _, "client_not_found":
                 return UnknownClient(arguments["name"])
+            case _, "model_not_found":
+                name, _, available = message.partition(" is not served here; available: ")
+                return UnknownModel(name.removeprefix("the model ").strip("'"), available)
             case _, "key_not_found":
                 return UnknownKey(arguments["id"])
             case _, "change_not_kept":

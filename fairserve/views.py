@@ -36,6 +36,18 @@ class BudgetView(View):
     """Unix time at which the window ends."""
 
 
+class ModelView(View):
+    """One of the models that a service serves, each with a queue and counters of its own."""
+
+    name: str
+    slot: str
+    """What it is called in the names of its deployment, files and metrics; "" for the first."""
+    price: float
+    """What a unit of its service counts where models are compared."""
+    is_compared: bool = False
+    """Service by the other models counts at it, too (across_models)."""
+
+
 class ClientView(View):
     """One client."""
 

@@ -33,6 +33,7 @@ from fairserve.views import (
     EventView,
     History,
     KeyView,
+    ModelView,
     NewKey,
     Overview,
     ReplicaView,
@@ -83,6 +84,7 @@ Search = Annotated[str | None, Query(max_length=200, description="Part of the cl
 Limit = Annotated[int, Query(ge=1, le=PAGE)]
 ClientName = Annotated[str, Path(pattern=f"^{COUNTED_PATH}$", description="Flat or a path: acme/research/ann")]
 Who = Annotated[str, Depends(who_of)]
+ModelName = Annotated[str, Query(max_length=200, description="Of several models: which; default: the first")]
 
 
 def known_query_only(request: Request) -> None:
@@ -122,9 +124,18 @@ def create_admin(provider: Callable[[], AdminService]) -> FastAPI:
 
 def _add_reads(app: FastAPI, provider: Callable[[], AdminService]) -> None:
     @app.get("/overview")
-    async def overview(top: Annotated[int, Query(ge=0, le=PAGE)] = 50, search: Search = None) -> Overview:
+    async def overview(
+        top: Annotated[int, Query(ge=0, le=PAGE)] = 50,
+        search: Search = None,
+        model: ModelName = "",
+    ) -> Overview:
         """The service at a glance: verdict, totals, replicas, the ``top`` busiest clients, the newest events."""
-        return await provider().overview(top, search)
+        return await provider().of(model).overview(top, search)
+
+    @app.get("/models")
+    async def models() -> tuple[ModelView, ...]:
+        """The models of this service. Each has a queue and counters of its own, which `model=` chooses below."""
+        return await provider().models()
 
     @app.get("/clients")
     async def clients(
@@ -132,33 +143,35 @@ def _add_reads(app: FastAPI, provider: Callable[[], AdminService]) -> None:
         limit: Limit = 100,
         order: ClientOrder = "service",
         search: Search = None,
+        model: ModelName = "",
     ) -> ClientPage:
         """Clients, ordered by name or by the largest of something."""
-        return await provider().clients(offset, limit, order, search)
+        return await provider().of(model).clients(offset, limit, order, search)
 
     @app.get("/clients/{name:path}", responses=NOT_FOUND)
-    async def client(name: ClientName) -> ClientView:
+    async def client(name: ClientName, model: ModelName = "") -> ClientView:
         """One client."""
-        return await provider().client(name)
+        return await provider().of(model).client(name)
 
     @app.get("/counters")
-    async def counters() -> list[CounterView]:
+    async def counters(model: ModelName = "") -> list[CounterView]:
         """The counter of every client, by name."""
-        return await provider().counters()
+        return await provider().of(model).counters()
 
     @app.get("/replicas")
-    async def replicas() -> tuple[ReplicaView, ...]:
+    async def replicas(model: ModelName = "") -> tuple[ReplicaView, ...]:
         """The model replicas."""
-        return await provider().replicas()
+        return await provider().of(model).replicas()
 
     @app.get("/history")
     async def history(
         client: Annotated[list[str], Query(min_length=1, max_length=MAX_SERIES)],
         since: Annotated[float, Query(ge=0, allow_inf_nan=False, description="Unix seconds")] = 0,
         resolution: Resolution = Resolution.SECOND,
+        model: ModelName = "",
     ) -> History:
         """Service, waiting requests and lead of some clients over time."""
-        return await provider().history(client, since, int(resolution))
+        return await provider().of(model).history(client, since, int(resolution))
 
     @app.get("/usage", responses={200: {"content": {"text/csv": {"schema": {"type": "string"}}}}})
     async def usage(
@@ -173,9 +186,11 @@ def _add_reads(app: FastAPI, provider: Callable[[], AdminService]) -> None:
         return Response(as_csv(found), media_type="text/csv")  # type: ignore[return-value]  # FastAPI sends it as it is
 
     @app.get("/events")
-    async def events(after: Annotated[int, Query(ge=0)] = 0, limit: Limit = 200) -> tuple[EventView, ...]:
+    async def events(
+        after: Annotated[int, Query(ge=0)] = 0, limit: Limit = 200, model: ModelName = ""
+    ) -> tuple[EventView, ...]:
         """What happened, oldest first, after the event with the sequence number ``after``."""
-        return await provider().events(after, limit)
+        return await provider().of(model).events(after, limit)
 
     @app.get("/audit")
     async def audit(before: Annotated[int | None, Query(ge=0)] = None, limit: Limit = 200) -> tuple[AuditView, ...]:

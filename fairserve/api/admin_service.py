@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from datetime import UTC, date, datetime
 from typing import Any
 
@@ -27,6 +28,7 @@ from fairserve.views import (
     EventView,
     History,
     KeyView,
+    ModelView,
     NewKey,
     Overview,
     ReplicaView,
@@ -64,6 +66,7 @@ class AdminService:
         self._unix_s = unix_s
         self._query = query
         self._reads = SharedReads(clock)
+        self._model = ""
         self._deployed = tuple(_deployed_view(key) for key in deployed)
 
     @classmethod
@@ -85,10 +88,25 @@ class AdminService:
         admins = Admins.from_config(config, environ, is_open, {key.digest for key in keys})
         return cls(query, admins, keys, clock)
 
+    def of(self, model: str) -> AdminService:
+        """The same about one of several models, by its name; "" for the first. Changes hold for all.
+
+        Raises (every read of it):
+            UnknownModel: no model of that name is served.
+        """
+        if model == self._model:
+            return self
+        one = copy(self)
+        one._model, one._query = model, self._query.of(model)
+        return one
+
     # -- reads --------------------------------------------------------------------------------------------------------
 
+    async def models(self) -> tuple[ModelView, ...]:
+        return await self._reads.read(("models",), self._query.models)
+
     async def overview(self, top: int = 50, search: str | None = None) -> Overview:
-        return await self._reads.read(("overview", top, search), lambda: self._query.overview(top, search))
+        return await self._reads.read((self._model, "overview", top, search), lambda: self._query.overview(top, search))
 
     async def replicas(self) -> tuple[ReplicaView, ...]:
         return (await self.overview()).replicas
@@ -96,11 +114,11 @@ class AdminService:
     async def clients(
         self, offset: int = 0, limit: int = 100, order: ClientOrder = "service", search: str | None = None
     ) -> ClientPage:
-        question = ("clients", offset, limit, order, search)
+        question = (self._model, "clients", offset, limit, order, search)
         return await self._reads.read(question, lambda: self._query.clients(offset, limit, order, search))
 
     async def client(self, name: str) -> ClientView:
-        return await self._reads.read(("client", name), lambda: self._query.client(name))
+        return await self._reads.read((self._model, "client", name), lambda: self._query.client(name))
 
     async def counters(self) -> list[CounterView]:
         """Of every client, by name."""
@@ -114,11 +132,13 @@ class AdminService:
     async def history(self, clients: Sequence[str], since_s: float, resolution_s: int) -> History:
         # On whole points, so that dashboards that began at different moments ask the same.
         since_s = since_s // resolution_s * resolution_s
-        question = ("history", tuple(clients), since_s, resolution_s)
+        question = (self._model, "history", tuple(clients), since_s, resolution_s)
         return await self._reads.read(question, lambda: self._query.history(clients, since_s, resolution_s))
 
     async def events(self, after_seq: int, limit: int) -> tuple[EventView, ...]:
-        return await self._reads.read(("events", after_seq, limit), lambda: self._query.events(after_seq, limit))
+        return await self._reads.read(
+            (self._model, "events", after_seq, limit), lambda: self._query.events(after_seq, limit)
+        )
 
     async def audit(self, before_seq: int | None, limit: int) -> tuple[AuditView, ...]:
         return await self._reads.read(("audit", before_seq, limit), lambda: self._query.audit(before_seq, limit))

@@ -101,8 +101,7 @@ def create_app(
     async def model(request: Request, name: str) -> Response:
         service = service_provider()
         service.identify(request.headers)
-        service.check_model(name)
-        return JSONResponse(service.models()[0])
+        return JSONResponse(service.model(name))
 
     @app.get("/health", responses=openapi.HEALTH)
     async def health() -> Response:
@@ -127,7 +126,7 @@ async def _generate(
 
     async def respond(scope: Scope, receive: Receive, send: Send) -> None:
         headers = AnswerHeaders(service.clock)
-        meter = service.meter(client, request.headers.get("traceparent", ""))
+        meter = service.meter(client, asked.model, request.headers.get("traceparent", ""))
         with in_our_words() if isinstance(body, ResponsesRequest) else nullcontext():
             job = await service.job(asked, client, labels, meter.span.traceparent)
         answer, batches = await service.answer(body, job), meter.outputs(service.generate(job))

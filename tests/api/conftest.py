@@ -13,6 +13,7 @@ import pytest
 from fastapi import FastAPI
 
 from fairserve.api.app import create_app
+from fairserve.api.served_model import ServedModel
 from fairserve.api.service import OpenAIService
 from fairserve.config import ApiConfig, EngineConfig, FairServeArgs
 from tests.api.scripted import ScriptedBackend, byte_tokenizer
@@ -53,9 +54,7 @@ def make_service(backend: ScriptedBackend, tokenizer: Any) -> ServiceMaker:
         args = FairServeArgs(served_model_name=MODEL, api=ApiConfig(**api))
         return OpenAIService(
             args,
-            backend,
-            tokenizer,
-            context,
+            [ServedModel(args, backend, tokenizer, context)],
             environ=environ or {},
             unix_time_s=lambda: 1_700_000_000.5,
             timeout=timeout,
@@ -120,6 +119,8 @@ def real_engine(real_folder: Path) -> Iterator[Any]:
 @pytest.fixture
 async def real_client(real_engine: Any) -> AsyncIterator[openai.AsyncOpenAI]:
     args = FairServeArgs(served_model_name=MODEL, engine=REAL)
-    service = OpenAIService(args, real_engine, real_engine.tokenizer, real_engine.max_model_len, environ={})
+    service = OpenAIService(
+        args, [ServedModel(args, real_engine, real_engine.tokenizer, real_engine.max_model_len)], environ={}
+    )
     async with http_of(app_of(service)) as http:
         yield openai.AsyncOpenAI(api_key="alice", base_url="http://fairserve/v1", http_client=http, max_retries=0)

@@ -79,6 +79,10 @@ class FakeCounter:
 
     # -- reads --------------------------------------------------------------------------------------------------------
 
+    async def models(self) -> list[Dict]:
+        await self._called("models")
+        return [{"name": "fake", "slot": "", "price": 1.0}]
+
     async def overview(self, top: int = 50, search: str | None = None) -> Dict:
         await self._called("overview")
         now_s = self._unix_s()

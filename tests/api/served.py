@@ -16,6 +16,7 @@ import uvicorn
 from fairserve.api.admin_service import AdminService
 from fairserve.api.app import create_app
 from fairserve.api.batches.service import BatchService
+from fairserve.api.served_model import ServedModel
 from fairserve.api.service import OpenAIService
 from fairserve.clock import SystemClock
 from fairserve.cluster.counter_actor import without_keys
@@ -63,10 +64,12 @@ class Served:
                 "batches": {"directory": str(store.with_name("kept"))},
             }
         )
-        self.actor = CounterService(without_keys(args).model_dump_json(), metrics=self.metrics)
+        self.actor = CounterService(without_keys(args).model_dump_json(), metrics=lambda _: self.metrics)
         self.backend = ScriptedBackend(words("Hello", " world"))
         self.service = service = OpenAIService(
-            args, self.backend, byte_tokenizer(chat_template), context, environ={}, metrics=self.metrics
+            args,
+            [ServedModel(args, self.backend, byte_tokenizer(chat_template), context, self.metrics)],
+            environ={},
         )
         query = CounterQuery(FakeTransport(self.actor), PATIENCE_S)  # type: ignore[arg-type]
         self.admin = admin = AdminService.from_config(
@@ -86,8 +89,7 @@ class Served:
             await server.serve()
             running.cancel()
             await self.batches.keeper.close()
-            if self.actor._ticking is not None:
-                self.actor._ticking.cancel()
+            self.actor.end()
 
         thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
         thread.start()

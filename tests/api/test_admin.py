@@ -18,6 +18,7 @@ from tests.api.scripted import settled
 READS: list[tuple[str, Any]] = [
     ("/overview", views.Overview),
     ("/overview?top=2&search=acme", views.Overview),
+    ("/models", tuple[views.ModelView, ...]),
     ("/clients", views.ClientPage),
     ("/clients?offset=1&limit=2&order=name&search=a", views.ClientPage),
     ("/clients/greedy", views.ClientView),
@@ -255,7 +256,7 @@ async def test_the_openapi_description_is_valid_and_complete(house: House) -> No
     validate(description)
     assert description["servers"] == [{"url": "/admin/v1"}]
     operations = [op for path in description["paths"].values() for op in path.values()]
-    assert len(operations) == 15
+    assert len(operations) == 16
     for operation in operations:
         assert operation["description"] and operation["security"] == [{"adminKey": []}]
         assert {"401", "403", "503", "default"} <= set(operation["responses"])

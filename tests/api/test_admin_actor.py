@@ -35,8 +35,7 @@ async def house(tmp_path: Path) -> AsyncIterator[House]:
         for name in ("greedy", "modest", "acme/research/ann"):
             assert (await http.patch(f"/clients/{name}", json={"weight": 2})).status_code == 200
     yield house
-    if actor._ticking is not None:
-        actor._ticking.cancel()
+    actor.end()
 
 
 @pytest.mark.parametrize(("path", "kind"), READS, ids=[path for path, _ in READS])

@@ -17,6 +17,7 @@ import pytest
 import uvicorn
 
 from fairserve.api.app import create_app
+from fairserve.api.served_model import ServedModel
 from fairserve.api.service import OpenAIService
 from fairserve.config import EMBEDDED_MODEL, EngineConfig, FairServeArgs
 from tests.api.served import PATIENCE_S, Server
@@ -62,7 +63,7 @@ def url() -> Iterator[str]:
 
     backend = EngineBackend(EMBEDDED_MODEL, CONFIG)
     args = FairServeArgs(engine=CONFIG)
-    service = OpenAIService(args, backend, backend.tokenizer, backend.max_model_len, environ={})
+    service = OpenAIService(args, [ServedModel(args, backend, backend.tokenizer, backend.max_model_len)], environ={})
     app = create_app(lambda: service)
     server = Server(uvicorn.Config(app, port=0, lifespan="off", log_config=None, access_log=False))
     thread = threading.Thread(target=server.run, daemon=True)

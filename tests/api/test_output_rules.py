@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel, Field
 
 from fairserve.api.output_rules import bad_words
+from fairserve.api.served_model import ServedModel
 from fairserve.api.service import OpenAIService
 from fairserve.config import FairServeArgs
 from fairserve.engine.request import GenerateRequest, Grammar, RequestOutput, failure
@@ -71,7 +72,11 @@ def loaded() -> Any:
 @pytest.fixture
 async def real(loaded: Any) -> AsyncIterator[openai.AsyncOpenAI]:
     backend = EngineBackend(drive(loaded, kv_cache_tokens=2048))
-    service = OpenAIService(FairServeArgs(served_model_name=MODEL), backend, TOKENIZER, CONTEXT, environ={})
+    service = OpenAIService(
+        (args := FairServeArgs(served_model_name=MODEL)),
+        [ServedModel(args, backend, TOKENIZER, CONTEXT)],
+        environ={},
+    )
     async with http_of(app_of(service)) as http:
         yield openai.AsyncOpenAI(api_key="alice", base_url="http://fairserve/v1", http_client=http, max_retries=0)
 

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
+from fairserve.api.served_model import ServedModel
 from fairserve.api.service import OpenAIService
 from fairserve.cluster.backend import HandleBackend
 from fairserve.config import ApiConfig, FairServeArgs
@@ -39,7 +40,10 @@ def service(replicas: Replicas, **api: Any) -> OpenAIService:
     config = ApiConfig(**api)
     args = FairServeArgs(served_model_name=MODEL, api=config)
     return OpenAIService(
-        args, HandleBackend(replicas, config), byte_tokenizer(), CONTEXT, environ={}, unix_time_s=lambda: 1.7e9
+        args,
+        [ServedModel(args, HandleBackend(replicas, config), byte_tokenizer(), CONTEXT)],
+        environ={},
+        unix_time_s=lambda: 1.7e9,
     )
 
 

@@ -128,10 +128,9 @@ async def test_a_secret_in_any_header_shows_in_no_answer_log_metric_event_or_fil
         assert failed.status_code == 500 and "the engine failed" in log()
         for path, _ in READS:
             assert (await ask("GET", f"/admin/v1{path}", headers=admin)).status_code in (200, 404)
-    await served.actor._tick()
-    await served.actor._upkeep.keep(served.actor._upkeep.keeper.store)  # type: ignore[arg-type]
-    if served.actor._ticking is not None:
-        served.actor._ticking.cancel()
+    await served.actor.main.tick()
+    await served.actor.main.upkeep.keep(served.actor.main.upkeep.store)  # type: ignore[arg-type]
+    served.actor.end()
 
     assert any("200 " in one for one in seen) and any("401 " in one for one in seen)
     metrics = [served.metrics.gauges, served.metrics.counters, served.metrics.histograms]

@@ -84,7 +84,7 @@ class Asking:
         if body.stream:
             raise InvalidRequest("stream: a batch has no streams, leave it out", param="stream")
         labels = labels_of(Headers(), body.metadata or {}, client)
-        meter = service.meter(client)
+        meter = service.meter(client, body.model)
         job = await service.job(body, client, labels, meter.span.traceparent)
         answer, batches = await service.answer(body, job), meter.outputs(service.generate(job))
         # No deadline of its own: it may wait for as long as its batch's window is open.
