@@ -50,7 +50,7 @@ def show_config(options: argparse.Namespace) -> None:
         print(json.dumps(FairServeArgs.model_json_schema(), indent=2))
     elif options.file is not None:
         args = read_settings(options.file)
-        print(f"{options.file} is valid: {args.num_replicas} replicas of {args.model}, policy {args.fairness.policy}")
+        print(f"{options.file} is valid: {_what_runs(args)}, policy {args.fairness.policy}")
     else:
         print(documented_yaml(), end="")
 
@@ -90,10 +90,9 @@ def new_key(options: argparse.Namespace) -> None:
 
 def serve(options: argparse.Namespace) -> None:
     args = read_settings(options.config, options.settings)
-    if args.model in EMBEDDED:
-        ensure_embedded(args.model, progress=lambda line: print(line, file=sys.stderr))
+    _pull(args)
     Identities.from_config(args.api, os.environ)  # wrong keys show now, not inside a replica in half a minute
-    print(f"starting Ray and {args.num_replicas} replicas of {args.model} (about 30 s)", file=sys.stderr)
+    print(f"starting Ray and {_what_runs(args)} (about 30 s)", file=sys.stderr)
     from fairserve.local import local_service  # Ray takes two seconds to import
 
     # Twice: Ctrl-C may come while Ray starts, and Ray then puts in a handler of its own.
@@ -126,10 +125,11 @@ def welcome(args: FairServeArgs, url: str, dashboard_url: str | None) -> str:
     """What a person needs next: the URL, a curl, the dashboards. No secret."""
     has_keys = bool(args.api.keys or args.api.keys_file or os.environ.get(ENV_KEYS, "").strip())
     key = "$FAIRSERVE_KEY" if has_keys else "demo-key"  # never a real one: this may go to a log
+    names = [one.model_name for one in (args, *args.more_models)]
     body = {"model": args.model_name, "messages": [{"role": "user", "content": "What is the capital of France?"}]}
     lines = [
         "",
-        f"fairserve is ready at {url}/v1   (OpenAI's API; model {args.model_name})",
+        f"fairserve is ready at {url}/v1   (OpenAI's API; model {' or '.join(names)})",
         "",
         f'  curl {url}/v1/chat/completions -H "Authorization: Bearer {key}" \\',
         f'    -H "Content-Type: application/json" -d {shlex.quote(json.dumps(body))}',
@@ -166,13 +166,13 @@ def simulate(options: argparse.Namespace) -> None:
 
 
 def profile(options: argparse.Namespace) -> None:
-    args = read_settings(options.config, options.settings)
+    args = _one_model(read_settings(options.config, options.settings), options.model)
     if not options.out.parent.is_dir():
         raise ConfigError(f"--out {options.out}: there is no folder {options.out.parent}")
     if options.out.is_dir():
         raise ConfigError(f"--out {options.out} is a folder: name a file in it")
-    if args.model in EMBEDDED:
-        ensure_embedded(args.model, progress=lambda line: print(line, file=sys.stderr))
+    _pull(args)
+    from fairserve.assembly import make_cost
     from fairserve.engine.profile import profile_engine  # torch takes seconds to import
     from fairserve.simulate.fit import fit, is_doubtful, table
     from fairserve.simulate.step_time import Origin
@@ -192,7 +192,29 @@ def profile(options: argparse.Namespace) -> None:
     print(table(step_time))
     if is_doubtful(step_time):
         print("fairserve: so far off, it is of little use: was the machine busy? measure again", file=sys.stderr)
+    price = step_time.seconds_per_service(make_cost(args.fairness.cost), found.engine["max_num_seqs"])
+    price *= args.engine.tensor_parallel_size * max(args.num_gpus_per_replica, 1.0)
+    unit = "GPU seconds" if args.num_gpus_per_replica else "seconds of its processes"
+    print(f"price: {price:.3g}   ({unit} per unit of service; of each model, where across_models compares several)")
     print(f'{options.out} can be the step_time of a scenario: step_time = "{options.out.name}"')
+
+
+def _what_runs(args: FairServeArgs) -> str:
+    return " and ".join(f"{one.num_replicas} replicas of {one.model}" for one in (args, *args.more_models))
+
+
+def _one_model(args: FairServeArgs, name: str | None) -> FairServeArgs:
+    """As if it were served alone; None: the first one."""
+    names = [one.model_name for one in (args, *args.more_models)]
+    if name is None or name in names:
+        return args.of_model(args.slots[names.index(name)] if name else "")
+    raise ConfigError(f"--model {name!r}: the settings name {', '.join(names)}")
+
+
+def _pull(args: FairServeArgs) -> None:
+    """Embedded models, where one is to run."""
+    for name in {one.model for one in (args, *args.more_models)} & set(EMBEDDED):
+        ensure_embedded(name, progress=lambda line: print(line, file=sys.stderr))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -249,6 +271,7 @@ def _parser() -> argparse.ArgumentParser:
 
     made = command(commands, "profile", profile, "measure this machine's engine, for the simulator: under two minutes")
     made.add_argument("--config", type=Path, metavar="FILE", help="settings, or a Serve config file")
+    made.add_argument("--model", metavar="NAME", help="of several models in the settings, which (default: the first)")
     made.add_argument("--out", type=Path, default=Path("profile.json"), metavar="FILE", help="default profile.json")
     made.add_argument("settings", nargs="*", metavar="key=value", help="such as model=PATH or engine.num_threads=2")
 

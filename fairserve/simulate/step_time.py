@@ -26,6 +26,7 @@ from pydantic import Field, ValidationError
 
 from fairserve.config import NonNegativeFloat, Strict
 from fairserve.errors import ConfigError
+from fairserve.fairness.cost import CostFunction
 
 
 class Origin(Strict):
@@ -48,6 +49,10 @@ class Origin(Strict):
     worst_error: float | None = None
     largest: dict[str, int] = Field(default_factory=dict)
     """The most that one measured step computed; beyond it the function extrapolates."""
+
+
+TYPICAL_INPUT, TYPICAL_OUTPUT = 512, 128
+"""Tokens of the requests by which models are priced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +102,17 @@ class StepTime:
         if num_decodes:
             return self.base_s + self.per_decode_s * num_decodes + self.per_context_token_s * decode_context_tokens
         return 0.0
+
+    def seconds_per_service(
+        self, cost: CostFunction, num_seqs: int, num_input: int = TYPICAL_INPUT, num_output: int = TYPICAL_OUTPUT
+    ) -> float:
+        """Seconds of a replica whose ``num_seqs`` slots all run requests of this length, per unit of service: the steps
+        that decode, shared by all, and each prompt's own part of its step."""
+        decode_s = self.seconds(num_seqs, num_seqs * (num_input + num_output // 2), 0) * num_output / num_seqs
+        prompt_s = (
+            self.prefill_base_s + self.per_prefill_token_s * num_input + self.per_prefill_context_s * num_input**2
+        )
+        return (decode_s + prompt_s) / cost.service(num_input, num_output)
 
     @property
     def coefficients(self) -> dict[str, float]:

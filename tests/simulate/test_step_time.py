@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from fairserve.errors import ConfigError
+from fairserve.fairness.cost import WeightedTokens
 from fairserve.simulate.fit import errors, fit, is_doubtful, non_negative, split, table
 from fairserve.simulate.step_time import (
     COEFFICIENTS,
@@ -348,3 +349,17 @@ def replayed_s(requests: list[tuple[float, int, int]], memory: int, step_time: S
         num_decodes += 1
         running = [(left - 1, held + 1) for left, held in running if left > 1]
     return now_s
+
+
+@pytest.mark.parametrize("num_seqs", [1, 8])
+def test_a_unit_of_service_takes_as_long_as_a_full_replica_takes_for_a_request(num_seqs: int) -> None:
+    """Against the steps themselves: every slot runs such requests one after another, its prompts in one piece each."""
+    cost = WeightedTokens(1.0, 2.0)
+    num_input, num_output = 64, 32
+    decodes = [TRUE.seconds(num_seqs, num_seqs * (num_input + i), 0) for i in range(num_output)]
+    beside = TRUE.seconds(num_seqs, num_seqs * num_input, num_input, num_input**2) - TRUE.seconds(
+        num_seqs, num_seqs * num_input, 0
+    )
+    whole_s = sum(decodes) / num_seqs + beside
+    found = TRUE.seconds_per_service(cost, num_seqs, num_input, num_output)
+    assert found == pytest.approx(whole_s / (num_input + 2 * num_output), rel=1e-3)
