@@ -484,7 +484,20 @@ class ApiConfig(Strict):
     default_max_tokens: PositiveInt | None = None
     """max_tokens of a request that names none. null: 16 for completions (OpenAI's default); for chat what is left
     of the context."""
-    tool_format: Literal["auto", "hermes", "llama3_json", "mistral"] = "auto"
+    tool_format: Literal[
+        "auto",
+        "glm4",
+        "granite",
+        "hermes",
+        "llama3_json",
+        "mistral",
+        "nemotron",
+        "olmo3",
+        "phi4_mini",
+        "pythonic",
+        "qwen3_coder",
+        "seed_oss",
+    ] = "auto"
     """How the model writes calls of functions (`fairserve/api/tool_formats.py`). auto: as its chat template shows; a
     model whose template shows none of these has no tools."""
     service_tiers: dict[ServiceTier, PositiveFloat] = {}

@@ -29,7 +29,7 @@ class Chats:
     def __init__(self, args: FairServeArgs, tokenizer: Any, conversations: Conversations) -> None:
         self._format = format_of(tokenizer.chat_template, args.api.tool_format)
         self._conversations = conversations
-        self._shows_special = self._format is not None and self._format.is_marker_special(tokenizer)
+        self._shows_special = self._format is not None and self._format.shows_special(tokenizer)
 
     def rendering(self, body: ChatRequest) -> Rendering:
         """
@@ -83,11 +83,11 @@ class Chats:
 
     def parsers(self, toolbox: Toolbox) -> NewParser:
         """What reads the answers to a request with this toolbox."""
-        written, names, is_parallel = self._known_format(), toolbox.names, toolbox.is_parallel
+        written, functions, is_parallel = self._known_format(), toolbox.functions, toolbox.is_parallel
         is_begun = toolbox.choice.must_call and not written.has_marker_in_grammar
 
         def parser(is_piecewise: bool) -> CallParser:
-            return CallParser(written, names, is_parallel=is_parallel, is_piecewise=is_piecewise, is_begun=is_begun)
+            return CallParser(written, functions, is_parallel=is_parallel, is_piecewise=is_piecewise, is_begun=is_begun)
 
         return parser
 

@@ -8,18 +8,14 @@ given out: there the arguments may end early, or be no JSON, as OpenAI warns of 
 
 from __future__ import annotations
 
-import json
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
-from pydantic_core import from_json
+if TYPE_CHECKING:
+    from fairserve.api.tool_formats import Format
 
-from fairserve.api.tool_formats import Format
-
-MAX_HEAD = 256
-"""Characters in which the usual beginning of a call must be over."""
 SPACE = " \t\r\n"
-NAME_CHAR = re.compile(r"[A-Za-z0-9_-]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,104 +31,25 @@ class CallPiece:
 Piece = str | CallPiece
 
 
-class Braces:
-    """Finds where an object of JSON ends, in text that grows."""
+class Call(Protocol):
+    """One call, from its first character on."""
 
-    def __init__(self, start: int = 0) -> None:
-        self._at = start
-        self._depth = 0
-        self._in_string = False
-        self._is_escaped = False
-
-    def end(self, text: str) -> int | None:
-        """The place behind the closing brace; None: it is not there yet."""
-        for at in range(self._at, len(text)):
-            char = text[at]
-            if self._is_escaped:
-                self._is_escaped = False
-            elif self._in_string:
-                self._is_escaped = char == "\\"
-                self._in_string = char != '"'
-            elif char == '"':
-                self._in_string = True
-            elif char == "{":
-                self._depth += 1
-            elif char == "}":
-                self._depth -= 1
-                if self._depth == 0:
-                    self._at = at
-                    return at + 1
-        self._at = len(text)
-        return None
-
-
-class Call:
-    """One call, from its first character on. ``raw``: what was taken of it; ``name``: as soon as it begins as usual."""
-
-    def __init__(self, written: Format, names: frozenset[str]) -> None:
-        self._format = written
-        self._names = names
-        self.raw = ""
-        self.name = ""
-        self.is_over = False
-        self._object = Braces()
-        self._arguments = Braces()
-        self._start = self._given = 0
-        self._stop: int | None = None
-        """Of the arguments, where it begins as usual."""
+    raw: str
+    """What was taken of it."""
+    name: str
+    """As soon as it begins as usual."""
+    is_over: bool
+    is_text: bool
+    """It is over because it cannot be a call: what was taken may hold another one."""
 
     def push(self, text: str) -> str:
         """Take what belongs to the call, and return what is behind it."""
-        may_begin = not self.name and len(self.raw) <= MAX_HEAD
-        self.raw += text
-        head = self._format.head(self.raw) if may_begin else None
-        if head is not None and head[1] in self._names:
-            self.name, self._start, self._given = head[1], head.end(), head.end()
-            self._arguments = Braces(head.end())
-        if self.name and self._stop is None:
-            self._stop = self._arguments.end(self.raw)
-        if self.raw[0] == "{":
-            end = self._object.end(self.raw)
-        elif self.name:
-            end = self._stop
-        else:
-            self.is_over = len(self.raw) > MAX_HEAD or "{" in self.raw
-            return ""
-        if end is None:
-            return ""
-        self.is_over = True
-        self.raw, rest = self.raw[:end], self.raw[end:]
-        return rest
 
     def ready(self) -> str:
         """Arguments that can be given out and were not yet, of a call with a ``name``."""
-        end = len(self.raw) if self._stop is None else self._stop
-        text, self._given = self.raw[self._given : end], end
-        return text
 
     def whole(self) -> tuple[str, str] | None:
         """Name and arguments of a call that is over; None: it is none."""
-        if self.name:
-            text = self.raw[self._start : self._stop]
-            return (self.name, text) if self._stop is not None and _is_object(text) else None
-        try:
-            call = from_json(self.raw, allow_inf_nan=False)
-        except ValueError:
-            return None
-        name = call.get("name") if isinstance(call, dict) else None
-        if not isinstance(name, str) or name not in self._names:
-            return None
-        arguments = call.get("arguments", call.get("parameters", {}))
-        if isinstance(arguments, str):
-            return (name, arguments) if _is_object(arguments) else None
-        return (name, json.dumps(arguments, ensure_ascii=False)) if isinstance(arguments, dict) else None
-
-
-def _is_object(text: str) -> bool:
-    try:
-        return isinstance(from_json(text, allow_inf_nan=False), dict)
-    except ValueError:
-        return False
 
 
 class CallParser:
@@ -140,7 +57,7 @@ class CallParser:
 
     Args:
         written: how the model writes calls.
-        names: of the functions that it may call.
+        functions: those that it may call: the JSON Schema of each one's arguments, None where it has none.
         is_parallel: False: only the first call is given out.
         is_piecewise: calls are given out as they come; otherwise when they are whole and right.
         is_begun: the output begins where a marker has already been.
@@ -149,14 +66,14 @@ class CallParser:
     def __init__(
         self,
         written: Format,
-        names: frozenset[str],
+        functions: Mapping[str, Any],
         *,
         is_parallel: bool = True,
         is_piecewise: bool = True,
         is_begun: bool = False,
     ) -> None:
         self._format = written
-        self._names = names
+        self._functions = functions
         self._is_parallel = is_parallel
         self._is_piecewise = is_piecewise
         self._pieces: list[Piece] = []
@@ -164,7 +81,7 @@ class CallParser:
         """Not decided yet."""
         self._envelope = ""
         """What stands before a call, and becomes text with it if it is none."""
-        self._call = Call(written, names)
+        self._call: Call = written.reader(functions)
         self._num_calls = 0
         self._is_given = False
         """Part of the call that is being read has been given out."""
@@ -197,22 +114,27 @@ class CallParser:
 
     def _in_text(self) -> bool:
         marker, held = self._format.marker, self._held
-        at = held.find(marker) if marker else -1
-        end = at if at >= 0 else len(held) - overlap(held, marker)
+        found = min(((at, sign) for sign in self._format.signs if (at := held.find(sign)) >= 0), default=None)
+        end = len(held) - max((overlap(held, sign) for sign in self._format.signs), default=0)
+        if found is not None:
+            end = found[0]
         if marker:
             end = len(held[:end].rstrip())  # space before a marker is no text
         self._say(held[:end])
         self._held = held[end:]
-        if at >= 0:
-            self._envelope, self._held = held[end : at + len(marker)], held[at + len(marker) :]
-            self._state = self._before_call
-        return at >= 0
+        if found is None:
+            return False
+        at = found[0] + len(marker) * (found[1] == marker)
+        self._envelope, self._held = held[end:at], held[at:]
+        self._state = self._before_call
+        return True
 
     def _before_call(self) -> bool:
-        rest = self._held.lstrip(SPACE + self._format.opening)
+        opening = self._format.opening.match(self._held)
+        rest = self._held[opening.end() :] if opening else self._held.lstrip()
         if not rest:
             return False
-        if rest[0] == "{" or (self._format.bare is not None and NAME_CHAR.match(rest)):
+        if opening and self._format.first.match(rest):
             self._begin(rest)
         else:
             self._say(self._envelope)
@@ -222,7 +144,7 @@ class CallParser:
     def _begin(self, rest: str) -> None:
         self._envelope += self._held[: len(self._held) - len(rest)]
         self._held, self._state = rest, self._in_call
-        self._call, self._is_given = Call(self._format, self._names), False
+        self._call, self._is_given = self._format.reader(self._functions), False
 
     def _in_call(self) -> bool:
         if not self._held:
@@ -240,8 +162,9 @@ class CallParser:
         if found is not None and is_wanted and not self._is_given:
             self._give(*found)
         if found is None and not self._is_given:
-            self._say(self._envelope + call.raw)
-            self._state = self._in_text
+            num_said = len(call.raw) if not call.is_text else 0 if self._envelope else 1  # the rest is read once more
+            self._say(self._envelope + call.raw[:num_said])
+            self._held, self._state = call.raw[num_said:] + self._held, self._in_text
         else:
             self._envelope, self._state = "", self._after_call
         return True
@@ -257,7 +180,7 @@ class CallParser:
             rest = rest.lstrip(SPACE + self._format.between)
             if not rest:
                 return False
-            if rest[0] == "{":
+            if self._format.first.match(rest):
                 self._begin(rest)
                 return True
         self._state = self._in_text

@@ -6,8 +6,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from fairserve.api.openai_schema import Function
 from fairserve.api.tool_formats import Format
+from fairserve.api.tool_keyword_grammar import KeywordGrammar, moved
 from fairserve.api.tools import Toolbox
 from fairserve.engine.request import Grammar
 
@@ -16,27 +16,36 @@ Json = dict[str, Any]
 
 
 def grammar_of(written: Format, toolbox: Toolbox) -> Grammar:
-    """What the whole output must be: calls of these functions and nothing else, one where only one is told."""
-    functions = [tool.function for tool in toolbox.tools if tool.function.name in toolbox.names]
-    is_list = bool(written.opening)
-    place = "#/items" if is_list else "#"
-    if len(functions) == 1:
-        call = _call(functions[0], written.key, place)
-    else:
-        call = {"anyOf": [_call(one, written.key, f"{place}/anyOf/{i}") for i, one in enumerate(functions)]}
+    """What the whole output must be: calls of these functions and nothing else, one where only one is told.
+
+    Raises:
+        InvalidRequest: this notation cannot hold the arguments to the schema of one.
+    """
+    functions = list(toolbox.functions.items())
     is_one = not toolbox.is_parallel or bool(toolbox.choice.name)
+    if not written.is_json:
+        return Grammar("lark", KeywordGrammar(written, toolbox.functions).lark(is_one))
+    place = "#/items" if written.is_list else "#"
+    if len(functions) == 1:
+        call = _call(*functions[0], written.key, place)
+    else:
+        call = {"anyOf": [_call(*one, written.key, f"{place}/anyOf/{i}") for i, one in enumerate(functions)]}
     if written.has_marker_in_grammar:
         more = "" if is_one else ' ("\\n" call)*'
         begin, end = json.dumps(written.marker + "\n"), json.dumps("\n" + written.end)
         return Grammar("lark", f"start: call{more}\ncall: {begin} object {end}\nobject: %json {json.dumps(call)}\n")
-    if is_list:
+    if written.is_list:
         call = {"type": "array", "items": call, "minItems": 1} | ({"maxItems": 1} if is_one else {})
     return Grammar("json_schema", json.dumps(call))
 
 
 def grammar_of_either(written: Format, toolbox: Toolbox, answer: Grammar) -> Grammar | None:
-    """Calls, as :func:`grammar_of` has them, or an ``answer`` of JSON; None where the two cannot be told apart so."""
-    if answer.kind not in ("json_schema", "json_object") or written.opening:
+    """Calls, as :func:`grammar_of` has them, or an ``answer`` of JSON; None where the two cannot be told apart so.
+
+    Raises:
+        InvalidRequest: as there.
+    """
+    if answer.kind not in ("json_schema", "json_object") or (written.is_list and written.is_json):
         return None
     calls = grammar_of(written, toolbox)
     schema = answer.text or '{"type": "object"}'
@@ -45,24 +54,12 @@ def grammar_of_either(written: Format, toolbox: Toolbox, answer: Grammar) -> Gra
     return Grammar("lark", calls.text.replace("start: ", "start: answer | ", 1) + f"answer: %json {schema}\n")
 
 
-def _call(function: Function, key: str, place: str) -> Json:
+def _call(name: str, parameters: Json | None, key: str, place: str) -> Json:
     """``place``: where this schema will stand, as a JSON pointer."""
-    arguments = NO_ARGUMENTS if function.parameters is None else function.parameters
+    arguments = NO_ARGUMENTS if parameters is None else parameters
     return {
         "type": "object",
-        "properties": {"name": {"const": function.name}, key: _moved(arguments, f"{place}/properties/{key}")},
+        "properties": {"name": {"const": name}, key: moved(arguments, f"{place}/properties/{key}")},
         "required": ["name", key],
         "additionalProperties": False,
-    }
-
-
-def _moved(schema: Any, place: str) -> Any:
-    """``schema`` as a part of another one, where its references to itself lead to ``place``."""
-    if isinstance(schema, list):
-        return [_moved(one, place) for one in schema]
-    if not isinstance(schema, dict):
-        return schema
-    return {
-        name: place + value[1:] if name == "$ref" and str(value).startswith("#") else _moved(value, place)
-        for name, value in schema.items()
     }

@@ -67,6 +67,7 @@ class Toolbox:
     """Several calls in one answer."""
 
     @property
-    def names(self) -> frozenset[str]:
-        """Of the functions that it may call now."""
-        return frozenset([self.choice.name] if self.choice.name else [tool.function.name for tool in self.tools])
+    def functions(self) -> dict[str, dict[str, Any] | None]:
+        """Those that it may call now: the JSON Schema of each one's arguments, None where it has none."""
+        offered = [tool.function for tool in self.tools]
+        return {one.name: one.parameters for one in offered if self.choice.name in ("", one.name)}

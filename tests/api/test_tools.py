@@ -217,6 +217,8 @@ async def test_the_streaming_helper_puts_calls_together(client: openai.AsyncOpen
     [
         (tool_kit.LLAMA, '{"name": "weather", "parameters": {"city": "Oslo"}}'),
         (tool_kit.MISTRAL, '[TOOL_CALLS][{"name": "weather", "arguments": {"city": "Oslo"}}]'),
+        (tool_kit.PYTHONIC, "[weather(city='Oslo')]"),
+        (tool_kit.QWEN3_CODER, "<tool_call>\n<function=weather>\n<parameter=city>\nOslo\n</parameter>\n</function>"),
     ],
 )
 async def test_the_template_says_how_calls_are_read(
@@ -317,6 +319,17 @@ async def test_a_forced_call_comes_with_its_grammar(
     assert (await http.post(CHAT, json=GOOD | {"tool_choice": choice})).status_code == 200
     grammar: Any = backend.requests[0].sampling.grammar
     assert (grammar.kind, '"time"' in grammar.text) == ("lark", True)
+
+
+async def test_what_a_call_cannot_be_held_to_is_told(make_service: ServiceMaker, backend: ScriptedBackend) -> None:
+    either = {"type": "object", "oneOf": [{"required": ["a"]}, {"required": ["b"]}]}
+    tool = {"type": "function", "function": {"name": "f", "parameters": either}}
+    backend.script = words("[f(a=1)]")
+    async with http_of(app_of(make_service(tokenizer=byte_tokenizer(tool_kit.PYTHONIC), context=ROOM))) as http:
+        error = await refused(http, GOOD | {"tools": [tool], "tool_choice": "required"})
+        assert (error["param"], error["code"]) == ("tools", "unsupported_field")
+        assert "'oneOf'" in error["message"]
+        assert (await http.post(CHAT, json=GOOD | {"tools": [tool]})).status_code == 200
 
 
 async def test_an_answer_in_json_leaves_room_for_calls(http: httpx.AsyncClient, backend: ScriptedBackend) -> None:
