@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -12,16 +11,15 @@ from starlette.types import Receive, Scope, Send
 from fairserve.api import openapi, streaming
 from fairserve.api.admin import PREFIX, create_admin
 from fairserve.api.admin_service import AdminService
-from fairserve.api.answer_headers import AnswerHeaders
 from fairserve.api.batches import routes as batch_routes
 from fairserve.api.batches.service import BatchService
 from fairserve.api.bodies import read_body
 from fairserve.api.embeddings import EmbeddingRequest
+from fairserve.api.generating import making
 from fairserve.api.http_errors import install, request_id_of
-from fairserve.api.labels import labels_of
 from fairserve.api.openai_schema import ChatRequest, CompletionRequest
 from fairserve.api.responses import ResponsesAnswer
-from fairserve.api.responses_schema import ResponsesRequest, in_our_words
+from fairserve.api.responses_schema import ResponsesRequest
 from fairserve.api.service import Generation, OpenAIService
 from fairserve.api.tokenizing import DetokenizeRequest, TokenizeRequest
 
@@ -120,27 +118,21 @@ async def _generate(
 ) -> Response:
     client = service.identify(request.headers)  # before the body: strangers get no parsing
     body = await read_body(kind, request, service)
-    asked = body.as_chat() if isinstance(body, ResponsesRequest) else body
-    client = client.of_user(body.user)
-    labels = labels_of(request.headers, body.metadata or {}, client)
 
     async def respond(scope: Scope, receive: Receive, send: Send) -> None:
-        headers = AnswerHeaders(service.clock)
-        meter = service.meter(client, asked.model, request.headers.get("traceparent", ""))
-        with in_our_words() if isinstance(body, ResponsesRequest) else nullcontext():
-            job = await service.job(asked, client, labels, meter.span.traceparent)
-        answer, batches = await service.answer(body, job), meter.outputs(service.generate(job))
-        deadline = meter.watching(service.deadline())
+        made = await making(service, body, client, request.headers)
+        deadline = made.meter.watching(service.deadline())
         if not body.stream:
-            response = await streaming.whole(answer, batches, deadline, headers)
+            response = await streaming.whole(made.answer, made.outputs, deadline, made.headers)
             await response(scope, receive, send)
             return
-        events = answer if isinstance(answer, ResponsesAnswer) else streaming.Events(answer, job.include_usage)
+        answer = made.answer
+        events = answer if isinstance(answer, ResponsesAnswer) else streaming.Events(answer, made.job.include_usage)
         await streaming.stream(
             events,
-            batches,
+            made.outputs,
             deadline,
-            headers,
+            made.headers,
             request_id=request_id_of(request),
             keep_alive_s=service.keep_alive_s,
             send=send,

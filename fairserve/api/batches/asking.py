@@ -13,11 +13,10 @@ from dataclasses import replace
 from starlette.datastructures import Headers
 
 from fairserve.api import streaming
-from fairserve.api.answer_headers import AnswerHeaders
 from fairserve.api.batches.lines import ENDPOINTS, Answered, Line
+from fairserve.api.generating import making
 from fairserve.api.http_errors import describe
 from fairserve.api.identity import Client
-from fairserve.api.labels import labels_of
 from fairserve.api.openai_schema import parse
 from fairserve.api.service import OpenAIService
 from fairserve.config import BATCH_MARK
@@ -83,12 +82,9 @@ class Asking:
         body = parse(ENDPOINTS[endpoint], line.body)
         if body.stream:
             raise InvalidRequest("stream: a batch has no streams, leave it out", param="stream")
-        labels = labels_of(Headers(), body.metadata or {}, client)
-        meter = service.meter(client, body.model)
-        job = await service.job(body, client, labels, meter.span.traceparent)
-        answer, batches = await service.answer(body, job), meter.outputs(service.generate(job))
+        made = await making(service, body, client, Headers())
         # No deadline of its own: it may wait for as long as its batch's window is open.
-        response = await streaming.whole(answer, batches, meter.watching(nullcontext()), AnswerHeaders(service.clock))
+        response = await streaming.whole(made.answer, made.outputs, made.meter.watching(nullcontext()), made.headers)
         return bytes(response.body)
 
 

@@ -13,11 +13,14 @@ from pydantic_core import from_json
 
 from fairserve.api.embeddings import EmbeddingRequest
 from fairserve.api.openai_schema import ChatRequest, CompletionRequest
+from fairserve.api.responses_schema import ResponsesRequest
+from fairserve.api.service import Generation
 
-ENDPOINTS: dict[str, type[ChatRequest] | type[CompletionRequest] | type[EmbeddingRequest]] = {
+ENDPOINTS: dict[str, type[Generation] | type[ResponsesRequest]] = {
     "/v1/chat/completions": ChatRequest,
     "/v1/completions": CompletionRequest,
     "/v1/embeddings": EmbeddingRequest,
+    "/v1/responses": ResponsesRequest,
 }
 """What lines may ask for, and the body of each."""
 MAX_ID_CHARS = 512
