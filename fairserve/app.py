@@ -10,6 +10,7 @@
 # No `from __future__ import annotations` here: Serve reads the builder's annotation to validate `args` into it.
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +38,8 @@ MAX_ONGOING = 100_000
 """Requests Serve lets into one process: the limits that count are the dispatcher's and the engine's."""
 HEALTH_S = 2.0
 """Between health checks (Serve's default is 10 s): it replaces a replica after three that fail in a row."""
+RELEASE_S = 5.0
+"""For giving batches back in a planned stop; a folder that hangs must not hold it up."""
 QUIET = LoggingConfig(enable_access_log=False)
 """Serve's access log costs a line per request and hop; the proxy's own stays on."""
 
@@ -73,6 +76,14 @@ class Ingress:
         self._refreshing = asyncio.create_task(self._live_keys.run())
         self._batching = asyncio.create_task(self._batches.keeper.run()) if self._batches else None
         self._admin = AdminService.from_config(args.api, query, SystemClock(), is_open=lambda: self._service.is_open)
+
+    async def __del__(self) -> None:
+        """Serve awaits it in a planned stop, when the last HTTP request is answered."""
+        batches = getattr(self, "_batches", None)
+        if batches is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RELEASE_S):
+                    await batches.keeper.release()
 
     def __serve_build_asgi_app__(self) -> Any:
         from fairserve.api.app import create_app

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from fairserve.config import GOODBYE_S, FairServeArgs
@@ -25,3 +27,23 @@ def test_what_is_stopped_may_finish_the_longest_request_that_the_settings_allow(
     for application in (model, build_ingress(args, model)):
         deployment = application._bound_deployment
         assert deployment._deployment_config.graceful_shutdown_timeout_s == longest_s + GOODBYE_S
+
+
+async def test_an_ingress_gives_its_batches_back_when_serve_ends_it() -> None:
+    """As Serve does it, by the destructor of the class that it makes of ours."""
+    from ray import serve
+
+    from fairserve.app import Ingress
+
+    released = []
+
+    class Keeper:
+        async def release(self) -> None:
+            released.append(self)
+
+    keeper = Keeper()
+    end = serve.ingress()(Ingress).__del__
+    await end(SimpleNamespace(_batches=SimpleNamespace(keeper=keeper)))
+    await end(SimpleNamespace(_batches=None))  # nothing is kept
+    await end(SimpleNamespace())  # its start failed half-way
+    assert released == [keeper]

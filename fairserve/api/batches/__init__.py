@@ -6,6 +6,7 @@
     files.py     what clients uploaded and what batches made
     uploads.py   one multipart upload, straight to disk
     lines.py     lines of a batch: read, checked, answered
+    usage.py     what its answers say that it used
     store.py     all batches, and who runs which
     hold.py      one ingress's hold on one batch: its journal, and its end
     runner.py    the lines of one batch, a few at a time
@@ -17,7 +18,8 @@
 **One runner per batch.** Every ingress process looks into the common folder about once a second. It takes up a batch by
 creating ``lease.N``, with N one above the newest: the file system lets one process create it. The holder writes a
 growing number into its lease; when a lease has not changed for ``batches.lease_s`` on the *observer's* monotonic clock,
-the observer creates the next one. So no two machines' clocks are compared. Why not an actor: the folder must be shared
+the observer creates the next one. So no two machines' clocks are compared. In a planned stop the holder writes that its
+lease is free, and the next look of any other process takes it. Why not an actor: the folder must be shared
 anyway, tokenizer and router are in the ingress already, and there is nothing more to start, to restart or to lose.
 
 **What a lease does not promise.** A process that hung may wake up and go on beside its successor. That costs tokens and

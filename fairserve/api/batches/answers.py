@@ -41,10 +41,27 @@ class Counts(Answered):
     failed: int
 
 
+class CachedTokens(Answered):
+    cached_tokens: int
+
+
+class ReasoningTokens(Answered):
+    reasoning_tokens: int
+
+
+class BatchUsage(Answered):
+    input_tokens: int
+    input_tokens_details: CachedTokens
+    output_tokens: int
+    output_tokens_details: ReasoningTokens
+    total_tokens: int
+
+
 class BatchObject(Answered):
     id: str
     object: Literal["batch"]
     endpoint: str
+    model: str
     input_file_id: str
     completion_window: str
     status: Literal[
@@ -55,6 +72,7 @@ class BatchObject(Answered):
     created_at: int
     expires_at: int
     request_counts: Counts
+    usage: BatchUsage | None
 
 
 class BatchList(Answered):

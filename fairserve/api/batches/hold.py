@@ -23,6 +23,7 @@ from fairserve.api.batches.lines import (
     read_lines,
     unanswered_line,
 )
+from fairserve.api.batches.usage import NO_USAGE, of_line
 from fairserve.api.identity import Client
 
 End = Literal["failed", "completed", "expired", "cancelled"]
@@ -67,6 +68,12 @@ class Hold:
         """Give a sign of life."""
         self._beat += 1
         self._disk.write(self._own("lease"), {"beat": self._beat})
+
+    def release(self) -> None:
+        """Give the lease back: whoever sees it may go on at once."""
+        if not self.is_lost():
+            self._beat += 1
+            self._disk.write(self._own("lease"), {"beat": self._beat, "is_free": True})
 
     def is_lost(self) -> bool:
         """Somebody else has the batch, or it has ended."""
@@ -120,16 +127,16 @@ class Hold:
     ) -> bool:
         """Make the files and decide how the batch ended. False: it has ended already, by another's doing."""
         records: dict[str, FileRecord | None] = {"output": None, "errors": None}
-        counts = progress["request_counts"]
+        sums = {name: progress[name] for name in ("request_counts", "usage")}
         if end != "failed":
-            counts, records, is_whole = self._compose(end, now_s, max_body_bytes, counts["total"])
+            sums, records, is_whole = self._compose(end, now_s, max_body_bytes, sums["request_counts"]["total"])
             if end == "completed" and not is_whole:
                 assert self.is_lost(), "an answer that was kept is gone"
                 return False  # others have finished it, and taken the journals away meanwhile
         decided = progress | {
             "status": end,
             f"{end}_at": now_s,
-            "request_counts": counts,
+            **sums,
             "errors": {"object": "list", "data": problems} if problems else None,
             "output_file_id": records["output"] and records["output"].id,
             "error_file_id": records["errors"] and records["errors"].id,
@@ -141,15 +148,16 @@ class Hold:
 
     def _compose(
         self, end: End, now_s: int, max_body_bytes: int, total: int
-    ) -> tuple[dict[str, int], dict[str, FileRecord | None], bool]:
-        """Every line of the input once, in one of the two files. Counts, files, and whether each line is in one."""
+    ) -> tuple[Json, dict[str, FileRecord | None], bool]:
+        """Every line of the input once, in one of the two files. Sums, files, and whether each line is in one."""
         output, errors = self._own("output"), self._own("errors")
         done: set[int] = set()
-        num_ok = 0
+        num_ok, used = 0, NO_USAGE
         with output.open("wb") as to_output, errors.open("wb") as to_errors:
             for number, ok, answer in self.answers():
                 done.add(number)
-                num_ok += ok
+                if ok:
+                    num_ok, used = num_ok + 1, used + of_line(answer)
                 (to_output if ok else to_errors).write(answer)
             num_failed = len(done) - num_ok
             for number, raw in read_lines(self.input, max_body_bytes) if end in UNANSWERED else ():
@@ -161,7 +169,7 @@ class Hold:
             self._disk.settle(path)
             made[part] = self._record(part, path.stat().st_size, now_s) if path.stat().st_size else None
         counts = {"total": total or len(done), "completed": num_ok, "failed": num_failed}
-        return counts, made, len(done) == total
+        return {"request_counts": counts, "usage": used.told()}, made, len(done) == total
 
     def _unanswered(self, number: int, raw: bytes | None, end: End) -> bytes:
         try:

@@ -76,6 +76,8 @@ class BatchKeeper:
         self._runs: dict[str, _Run] = {}
         self._seen: dict[str, _Seen] = {}
         self._swept_s = clock.now_s() - SWEEP_S
+        self._looking = asyncio.Lock()
+        self._is_leaving = False
 
     async def run(self) -> None:
         """Look once a second, for ever."""
@@ -97,6 +99,28 @@ class BatchKeeper:
         Raises:
             OSError: the folder cannot be reached.
         """
+        async with self._looking:
+            if self._is_leaving:
+                return
+            await self._look()
+        if self._clock.now_s() - self._swept_s >= SWEEP_S:
+            self._swept_s = self._clock.now_s()
+            await asyncio.to_thread(self._files.sweep)
+            await asyncio.to_thread(self._store.sweep)
+
+    async def release(self) -> None:
+        """This process is about to end: take up nothing more and give back what runs, so that others go on with it as
+        soon as they look. Lines that are under way are dropped here, and run again there."""
+        self._is_leaving = True
+        async with self._looking:  # what is being claimed now is given back, too
+            await self.close()
+            for batch_id, run in self._runs.items():
+                try:
+                    await asyncio.to_thread(run.runner.hold.release)
+                except OSError as error:
+                    logger.warning("batch %s: others go on when its lease has run out: %s", batch_id, error)
+
+    async def _look(self) -> None:
         for batch_id, run in list(self._runs.items()):
             if run.task.done():
                 del self._runs[batch_id]
@@ -105,17 +129,13 @@ class BatchKeeper:
         for one in await asyncio.to_thread(self._store.open):
             if self._is_free(one) and (hold := await asyncio.to_thread(self._store.claim, one)) is not None:
                 self._begin(one, hold)
-        if self._clock.now_s() - self._swept_s >= SWEEP_S:
-            self._swept_s = self._clock.now_s()
-            await asyncio.to_thread(self._files.sweep)
-            await asyncio.to_thread(self._store.sweep)
 
     async def settled(self) -> None:
         """Wait until nothing runs here any more."""
         await asyncio.gather(*(run.task for run in self._runs.values()), return_exceptions=True)
 
     async def close(self) -> None:
-        """Let go of everything; others go on with it."""
+        """Let go of everything and tell nobody: others go on with it when the leases have run out."""
         for run in self._runs.values():
             run.task.cancel()
         await self.settled()
@@ -128,7 +148,7 @@ class BatchKeeper:
         seen = self._seen.get(one.id)
         if seen is None or (seen.lease, seen.beat) != (one.lease, one.beat):
             seen = self._seen[one.id] = _Seen(one.lease, one.beat, now_s)
-        is_held = one.lease > 0 and now_s - seen.since_s < self._lease_s
+        is_held = one.lease > 0 and not one.is_free and now_s - seen.since_s < self._lease_s
         return not is_held and all(run.owner != one.owner for run in self._runs.values())
 
     def _begin(self, one: OpenBatch, hold: Hold) -> None:

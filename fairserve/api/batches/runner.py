@@ -10,6 +10,7 @@ from typing import Literal
 from fairserve.api.batches.disk import Json
 from fairserve.api.batches.hold import End, Hold
 from fairserve.api.batches.lines import Answered, Line, checked, parsed, read_lines
+from fairserve.api.batches.usage import NO_USAGE, of_body, of_line
 from fairserve.api.identity import Client
 
 Ask = Callable[[str, Line, Client], Awaitable[Answered]]
@@ -53,6 +54,7 @@ class Runner:
         self._working: asyncio.Task[None] | None = None
         self._done: set[int] = set()
         self._num_ok = 0
+        self._used = NO_USAGE
         self._num_total = 0
         self._state: Json = {}
         self._told: Json = {}
@@ -107,7 +109,7 @@ class Runner:
 
     async def tell(self) -> None:
         """Show how far it is, if there is news."""
-        progress = self._state | {"request_counts": self._counts()}
+        progress = self._state | self._sums()
         if self._state and progress != self._told:
             self._told = progress
             await asyncio.to_thread(self.hold.tell, progress)
@@ -141,26 +143,30 @@ class Runner:
             answers, self._unwritten = self._unwritten, []
             await asyncio.to_thread(self.hold.keep, answers)
             self._done.update(line.number for line, _ in answers)
-            self._num_ok += sum(answered.is_ok for _, answered in answers)
+            for _, answered in answers:
+                if answered.is_ok:
+                    self._num_ok, self._used = self._num_ok + 1, self._used + of_body(answered.body)
 
     def _recall(self) -> None:
-        for number, ok, _ in self.hold.answers():
+        for number, ok, answer in self.hold.answers():
             self._done.add(number)
-            self._num_ok += ok
+            if ok:
+                self._num_ok, self._used = self._num_ok + 1, self._used + of_line(answer)
 
     async def _finish(self, end: End, problems: list[Json] | None = None) -> None:
         self.is_ending = True
-        progress = self._state | {"request_counts": self._counts()}
+        progress = self._state | self._sums()
         await asyncio.to_thread(
             self.hold.finish, end, self._now_s(), progress, max_body_bytes=self._max_body_bytes, problems=problems
         )
 
-    def _counts(self) -> dict[str, int]:
-        return {
+    def _sums(self) -> Json:
+        counts = {
             "total": self._num_total,
             "completed": self._num_ok,
             "failed": len(self._done) - self._num_ok,
         }
+        return {"request_counts": counts, "usage": self._used.told()}
 
     def _now_s(self) -> int:
         return int(self._unix_time_s())

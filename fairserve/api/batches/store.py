@@ -27,6 +27,7 @@ from typing import Any
 from fairserve.api.batches.disk import Disk, Json, read_json
 from fairserve.api.batches.files import STALE_S, FileRecord, Files, client_folder
 from fairserve.api.batches.hold import Hold
+from fairserve.api.batches.usage import NO_USAGE
 from fairserve.api.identity import Client
 from fairserve.errors import InvalidRequest, UnknownBatch
 
@@ -65,6 +66,8 @@ class OpenBatch:
     """Number of the newest lease; 0: nobody has taken it up yet."""
     beat: int
     """What its holder wrote last."""
+    is_free: bool = False
+    """Its holder has given the lease back."""
 
 
 class BatchStore:
@@ -140,8 +143,9 @@ class BatchStore:
             folder = self._folder(marker["owner"], batch_id)
             if (folder / "batch.json").exists():
                 lease = newest(folder, "lease")
-                beat = (read_json(folder / f"lease.{lease}") or {}).get("beat", 0) if lease else 0
-                found.append(OpenBatch(batch_id, marker["owner"], marker["created_s"], lease, beat))
+                held = (read_json(folder / f"lease.{lease}") or {}) if lease else {}
+                beat, is_free = held.get("beat", 0), held.get("is_free", False)
+                found.append(OpenBatch(batch_id, marker["owner"], marker["created_s"], lease, beat, is_free))
         return sorted(found, key=lambda one: (one.created_s, one.id))
 
     def claim(self, one: OpenBatch) -> Hold | None:
@@ -245,11 +249,12 @@ def _view(folder: Path, record: BatchRecord) -> Json:
     progress = read_json(folder / f"progress.{number}") or {}
     cancel = read_json(folder / "cancel.json")
     end = read_json(folder / "final.json")  # last: before it is there, nothing of the others goes
-    state = {"status": "validating", "request_counts": {"total": 0, "completed": 0, "failed": 0}} | progress
+    none = {"request_counts": {"total": 0, "completed": 0, "failed": 0}, "usage": NO_USAGE.told()}
+    state = {"status": "validating"} | (progress or none)
     if cancel is not None:
         state |= cancel | {"status": "cancelling"}
     if end is not None:
-        state |= end
+        state |= {"usage": None} | end  # which an older fairserve did not count
     return {
         "id": record.id,
         "object": "batch",
@@ -264,6 +269,7 @@ def _view(folder: Path, record: BatchRecord) -> Json:
         "created_at": record.created_s,
         "expires_at": record.expires_s,
         "request_counts": state["request_counts"],
+        "usage": state.get("usage"),
         "metadata": record.metadata,
         **{f"{what}_at": state.get(f"{what}_at") for what in TIMES},
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import struct
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -64,6 +65,79 @@ async def test_embeddings_are_run_too(ingress: Ingress, pooling: Any, status: in
         assert answer["body"]["error"]["code"] == "embeddings_off"
     else:
         assert answer["body"]["data"][0]["embedding"] == pytest.approx([0.6, 0.8])
+
+
+async def test_responses_are_run_too_and_their_errors_name_their_own_fields(ingress: Ingress) -> None:
+    ingress.backend.script = words("Hello", " world", cached=3)
+
+    def line(custom_id: str, **body: Any) -> dict[str, Any]:
+        asked = {"model": "tiny", "input": "hi", **body}
+        return {"custom_id": custom_id, "method": "POST", "url": "/v1/responses", "body": asked}
+
+    lines = [line("good", instructions="Be brief."), line("long", input="x" * 1_000), line("streamed", stream=True)]
+    batch = await ingress.batch(*lines, line("cold", temperature=-1), endpoint="/v1/responses")
+    await ingress.work()
+    done = await ingress.client().batches.retrieve(batch.id)
+    results = {name: one["response"] for name, one in (await ingress.results(done)).items()}
+    answer = openai.types.responses.Response.model_validate(results["good"]["body"])
+    assert (answer.output_text, answer.status) == ("Hello world", "completed")
+    assert {name: one["body"]["error"]["param"] for name, one in results.items() if name != "good"} == {
+        "long": "input", "streamed": "stream", "cold": "temperature",
+    }  # fmt: skip
+    assert answer.usage is not None and done.usage is not None
+    assert done.usage.model_dump() == answer.usage.model_dump() | {"input_tokens_details": {"cached_tokens": 3}}
+
+
+async def test_a_batch_says_what_its_answers_used_while_it_runs_and_for_good(ingress: Ingress) -> None:
+    gate = asyncio.Event()
+
+    def script(request: GenerateRequest) -> list[Step]:
+        is_first = len(ingress.backend.requests) == 1
+        return [*(() if is_first else [gate]), *words("Hello", " world", cached=4)(request)]
+
+    ingress.backend.script = script
+    batch = await ingress.batch(chat_line("a"), chat_line("b", "longer"), chat_line("hot", temperature=9))
+    assert (batch.model, batch.usage) == ("tiny", openai.types.BatchUsage.model_validate(usage_of(0, 0, 0)))
+    await ingress.look()
+    await ingress.backend.until(lambda: len(ingress.backend.finished) == 1)
+    await asyncio.sleep(0)
+    num_a, num_b = (request.num_input for request in ingress.backend.requests)
+    while (now := await ingress.client().batches.retrieve(batch.id)).usage == batch.usage:
+        await ingress.look()  # its journal entry is written beside the event loop
+    assert now.usage is not None and now.usage.model_dump() == usage_of(num_a, 4, 2)
+    gate.set()
+    await ingress.work()
+    done = await ingress.client().batches.retrieve(batch.id)
+    assert done.usage is not None and done.usage.model_dump() == usage_of(num_a + num_b, 8, 4)
+    told = [one["response"]["body"].get("usage", {}) for one in (await ingress.results(done)).values()]
+    assert done.usage.total_tokens == sum(one.get("total_tokens", 0) for one in told)
+    (listed,) = (await ingress.client().batches.list()).data
+    assert (listed.model, listed.usage) == ("tiny", done.usage)
+
+
+def usage_of(num_input: int, num_cached: int, num_output: int) -> dict[str, Any]:
+    return {
+        "input_tokens": num_input,
+        "input_tokens_details": {"cached_tokens": num_cached},
+        "output_tokens": num_output,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": num_input + num_output,
+    }
+
+
+def forget_usage(root: Path) -> None:
+    (final,) = root.rglob("final.json")
+    final.write_text(json.dumps({k: v for k, v in json.loads(final.read_text()).items() if k != "usage"}))
+
+
+async def test_a_batch_that_an_older_fairserve_finished_says_nothing_of_its_usage(
+    ingress: Ingress, tmp_path: Path
+) -> None:
+    batch = await ingress.batch(chat_line("a"))
+    await ingress.work()
+    forget_usage(tmp_path)
+    old = await ingress.client().batches.retrieve(batch.id)
+    assert (old.status, old.usage) == ("completed", None)
 
 
 async def test_a_line_with_a_wrong_body_is_an_error_line_and_the_others_go_on(ingress: Ingress) -> None:

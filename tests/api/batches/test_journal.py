@@ -113,7 +113,10 @@ class World:
         async def echo(endpoint: str, line: Line, client: Client) -> Answered:
             self.asked.append(line.custom_id)
             await asyncio.sleep(0)
-            return Answered(400 if line.number % 3 == 0 else 200, f"req-{len(self.asked)}", b'{"n": %d}' % line.number)
+            # Of a line that is run again the answer may be another one.
+            usage = {"prompt_tokens": 10**line.number, "completion_tokens": len(self.asked), "total_tokens": 0}
+            body = json.dumps({"n": line.number, "usage": usage}).encode()
+            return Answered(400 if line.number % 3 == 0 else 200, f"req-{len(self.asked)}", body)
 
         return Runner(
             hold,
@@ -143,6 +146,11 @@ class World:
         num_failed = len(self.ids) // 3
         counts = {"total": len(self.ids), "completed": len(self.ids) - num_failed, "failed": num_failed}
         assert view["request_counts"] == counts
+        told = [one["response"]["body"].get("usage") for one in answers.values() if is_ok(one)]
+        used = view["usage"]
+        assert used["input_tokens"] == sum(one["prompt_tokens"] for one in told if one)
+        assert used["output_tokens"] == sum(one["completion_tokens"] for one in told if one)
+        assert used["total_tokens"] == used["input_tokens"] + used["output_tokens"]
         left = {path.name for path in next(self.root.glob("clients/*/batches/*")).iterdir() if path.name[0] != "."}
         assert left == {"batch.json", "decided.json", "final.json"}
         files = self.files(Disk()).of(ANN.name)
@@ -152,13 +160,17 @@ class World:
     def answers(self) -> dict[str, Any]:
         view, files = self.store(Disk()).view(ANN.name, self.record.id), self.files(Disk())
         found: dict[str, Any] = {}
-        for name, is_ok in (("output_file_id", True), ("error_file_id", False)):
+        for name, is_good in (("output_file_id", True), ("error_file_id", False)):
             for line in files.open(ANN.name, view[name]):
                 one = json.loads(line)
                 assert one["custom_id"] not in found, "answered twice"
-                assert (one["response"]["status_code"] == 200) is is_ok
+                assert is_ok(one) is is_good
                 found[one["custom_id"]] = one
         return found
+
+
+def is_ok(answer: Any) -> bool:
+    return bool(answer["response"]["status_code"] == 200)
 
 
 def steps_of(root: Path) -> int:

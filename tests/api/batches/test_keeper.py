@@ -52,6 +52,56 @@ async def test_who_is_alive_keeps_its_batch_and_who_is_not_is_followed(make_ingr
     assert len(one.backend.requests) == 8 + 7, "what was answered has been run again"
 
 
+async def test_who_stops_as_planned_is_followed_at_the_next_look(make_ingress: IngressMaker) -> None:
+    one, two = make_ingress(max_running=3), make_ingress(max_running=3)
+    gate = stuck_after(one, 5)
+    batch = await one.batch(*LINES)
+    await one.look()
+    await one.backend.until(lambda: len(one.backend.requests) == 8)
+    await two.look()
+    await one.batches.keeper.release()
+    assert len(one.backend.cancelled) == 3, "its lines still run"
+    await one.look()
+    assert len(one.backend.requests) == 8, "it has taken up what it gave back"
+    await two.look()
+    await two.backend.until(lambda: len(two.backend.requests) == 11)
+    now = await two.client().batches.retrieve(batch.id)
+    assert now.usage is not None and now.usage.output_tokens == 5, "of the five that were answered before"
+    gate.set()
+    await two.work()
+    done = await two.client().batches.retrieve(batch.id)
+    assert done.usage is not None and done.usage.output_tokens == 12
+    assert (done.status, done.request_counts.completed, len(await two.results(done))) == ("completed", 12, 12)
+    assert len(one.backend.requests) == 8 + 7 + 3, "the gate answers nothing, so three were asked again"
+
+
+async def test_a_batch_that_is_being_taken_up_at_a_planned_stop_is_given_back(make_ingress: IngressMaker) -> None:
+    one, two = make_ingress(), make_ingress()
+    await one.batch(*LINES)
+    looking = asyncio.create_task(one.batches.keeper.look())
+    await asyncio.sleep(0)
+    assert one.batches.keeper._looking.locked()
+    await one.batches.keeper.release()
+    await looking
+    await two.look()
+    assert two.batches.keeper._runs
+
+
+async def test_a_planned_stop_ends_although_the_disk_is_full(make_ingress: IngressMaker) -> None:
+    disk = FullDisk()
+    one, two = make_ingress(disk=disk), make_ingress()
+    stuck_after(one, 0)
+    await one.batch(*LINES)
+    await one.look()
+    await two.look()
+    disk.is_full = True
+    await one.batches.keeper.release()
+    await two.look(LEASE_S - 1.0)
+    assert not two.batches.keeper._runs
+    await two.look(1.1)
+    assert two.batches.keeper._runs, "its lease has run out"
+
+
 async def test_one_that_hung_lets_go_when_it_sees_that_another_goes_on(make_ingress: IngressMaker) -> None:
     one, two = make_ingress(max_running=3), make_ingress(max_running=3)
     gate = stuck_after(one, 2)
