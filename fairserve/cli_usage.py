@@ -1,4 +1,4 @@
-"""``fairserve usage export``: what each client used, by day; ``fairserve clients budgets``: what it may use."""
+"""``fairserve usage export``: what each client used, by day or hour; ``fairserve clients budgets``: what it may use."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ MakeLive = Callable[[Any, str, Callable[[Connection, argparse.Namespace], None],
 
 def add(usage: Any, clients: Any, live: MakeLive, show: Callable[[ClientView, argparse.Namespace], None]) -> None:
     """Put the one below ``fairserve usage``, the other below ``fairserve clients``; ``live`` makes a command."""
-    made = live(usage, "export", export, "write what each client used, by day of UTC")
+    made = live(usage, "export", export, "write what each client used, by day of UTC or by hour")
     made.add_argument(
         "file", metavar="FILE", nargs="?", default="-", help="a new file, or one to replace; -: to stdout"
     )
     made.add_argument("--format", choices=("csv", "json"), default="csv", help="default: csv")
+    text = "default: day; hour: of the last days (counter.usage_hour_days)"
+    made.add_argument("--by", choices=("day", "hour"), default="day", help=text)
     made.add_argument("--from", dest="first", type=_day, metavar="YYYY-MM-DD", help="default: the first of its month")
     made.add_argument("--to", dest="last", type=_day, metavar="YYYY-MM-DD", help="this day included; default: today")
 
@@ -44,7 +46,7 @@ def export(service: Connection, options: argparse.Namespace) -> None:
     first = options.first or last.replace(day=1)
     if last < first:
         raise ConfigError(f"--to {last} lies before --from {first}")
-    found = service.usage(first, last)
+    found = service.usage(first, last, options.by)
     if options.format == "csv":
         text = as_csv(found)
     else:

@@ -25,7 +25,7 @@ from typing import Any, Self
 
 from fairserve.client_doors import Door, HttpDoor, RayDoor
 from fairserve.cluster import changes
-from fairserve.cluster.counter_query import typed, usage_days, usage_views
+from fairserve.cluster.counter_query import typed, usage_asked, usage_views
 from fairserve.config import CounterConfig
 from fairserve.errors import InvalidRequest
 from fairserve.views import (
@@ -42,6 +42,7 @@ from fairserve.views import (
     Overview,
     ReplicaView,
     SettingView,
+    UsagePeriod,
     UsageView,
     Verdict,
 )
@@ -169,12 +170,16 @@ class Connection:
         asked = {"clients": list(clients), "since_s": since_s, "resolution_s": resolution_s}
         return typed(History, self._ask("history", **asked))
 
-    def usage(self, first: date, last: date) -> tuple[UsageView, ...]:
-        """What each client used, by day (UTC) and client; the last day is included."""
+    def usage(self, first: date, last: date, by: UsagePeriod = "day") -> tuple[UsageView, ...]:
+        """What each client used, by day (UTC), or by hour, and client; the last day is included.
+
+        Raises:
+            InvalidRequest: ``by`` hour, and no hours are kept (``counter.usage_hour_days``).
+        """
         found: list[UsageView] = []
-        asked: dict[str, int] | None = usage_days(first, last)
+        method, asked = usage_asked(first, last, by)
         while asked is not None:
-            views, asked = usage_views(self._ask("usage", **asked), asked["last_day"])
+            views, asked = usage_views(self._ask(method, **asked), asked)
             found += views
         return tuple(found)
 

@@ -10,6 +10,7 @@ import httpx
 
 from fairserve.cluster.changes import KeyWanted, new_key
 from fairserve.cluster.counter_query import date_of, found_actor, has_ended, raise_plainly, silent, typed
+from fairserve.dispatch.usage import HOURS
 from fairserve.errors import (
     AdminKeyRequired,
     ChangeNotKept,
@@ -140,6 +141,9 @@ class HttpDoor:
         if method == "usage":
             query = {"from": date_of(arguments["first_day"]), "to": date_of(arguments["last_day"])}
             return {"views": self._send("GET", "/usage", arguments, params=query)}
+        if method == "usage_by_hour":
+            first, last = (date_of(arguments[name] // HOURS) for name in ("first_hour", "last_hour"))
+            return {"views": self._send("GET", "/usage", arguments, params={"from": first, "to": last, "by": "hour"})}
         names = {"clients": "client", "since_s": "since", "resolution_s": "resolution"}
         names |= {"after_seq": "after", "before_seq": "before"}
         query = {names.get(name, name): value for name, value in arguments.items() if value is not None}

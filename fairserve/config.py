@@ -230,6 +230,10 @@ class CounterConfig(Strict):
     """Seconds between snapshots of the counters, and between exchanges with clusters that share a Redis."""
     usage_days: Annotated[int, Field(ge=31, le=400)] = 93
     """Days for which what each client used is kept, for `fairserve usage export`; a budget of a month needs 31."""
+    usage_hour_days: Annotated[int, Field(ge=0, le=31)] = 7
+    """Days for which it is kept by hour, too: a row for each client and each hour in which it asked, so 24 times the
+    rows of a day where clients ask around the clock, in memory and in the store. At 200,000 rows the hours of the
+    oldest day go before their time. 0: by day only."""
     usage_clients: PositiveInt = 10_000
     """Clients of one day that are counted by name; what further ones used is summed, but for those with a budget."""
     decision_log_path: str | None = None

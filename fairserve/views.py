@@ -300,8 +300,11 @@ class ClientChange(BaseModel):
     """In place of those of its key, all of them; an empty object: none."""
 
 
+UsagePeriod = Literal["day", "hour"]
+
+
 class UsageView(View):
-    """What one client used on one day, UTC."""
+    """What one client used on one day, UTC, or in one hour."""
 
     client: str
     """"" for clients beyond the number that is kept."""

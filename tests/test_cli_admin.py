@@ -253,6 +253,8 @@ def test_usage_is_exported_as_csv_or_json(desk: Desk, tmp_path: Path, capsys: py
     file = tmp_path / "usage.json"
     assert run("usage", "export", str(file), "--format", "json", *days) == 0
     assert json.loads(file.read_text())[0]["client"] == "acme/research/ann"
+    assert run("usage", "export", "--by", "hour", *days) == 0
+    assert "\nacme/research/ann,2026-11-21T23:00:00Z,3,100,40" in capsys.readouterr().out
     assert run("usage", "export", "--from", "2026-11-22", "--to", "2026-11-20") == 2
     assert "--to 2026-11-20 lies before --from 2026-11-22" in capsys.readouterr().err
 

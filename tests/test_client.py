@@ -210,6 +210,11 @@ def test_usage_of_some_days_comes_whole_through_either_door(service: Connection)
     assert len({(one.client, one.period_start) for one in found}) == len(found) > 3
 
 
+def test_usage_by_hour_comes_whole_through_either_door(service: Connection) -> None:
+    starts = {one.period_start for one in service.usage(date(2026, 11, 20), date(2026, 11, 22), by="hour")}
+    assert (len(starts), min(starts), max(starts)) == (72, "2026-11-20T00:00:00Z", "2026-11-22T23:00:00Z")
+
+
 def test_budgets_are_set_and_taken_back(service: Connection) -> None:
     (budget,) = service.set_budgets("greedy", {"day": {"hard": 1_000}}).budgets
     assert (budget.window, budget.hard, budget.soft) == ("day", 1_000, None)

@@ -38,6 +38,7 @@ from fairserve.views import (
     Overview,
     ReplicaView,
     SettingView,
+    UsagePeriod,
     UsageView,
 )
 
@@ -178,9 +179,10 @@ def _add_reads(app: FastAPI, provider: Callable[[], AdminService]) -> None:
         form: Annotated[Literal["json", "csv"], Query(alias="format")] = "json",
         first: Annotated[date | None, Query(alias="from", description="Default: the first of the month")] = None,
         last: Annotated[date | None, Query(alias="to", description="Inclusive; default: today")] = None,
+        by: Annotated[UsagePeriod, Query(description="hour: of the days for which hours are kept")] = "day",
     ) -> list[UsageView]:
-        """What each client used, by day of UTC."""
-        found = await provider().usage(first, last)
+        """What each client used, by day of UTC, or by hour."""
+        found = await provider().usage(first, last, by)
         if form == "json":
             return found
         return Response(as_csv(found), media_type="text/csv")  # type: ignore[return-value]  # FastAPI sends it as it is

@@ -33,6 +33,7 @@ from fairserve.views import (
     Overview,
     ReplicaView,
     SettingView,
+    UsagePeriod,
     UsageView,
 )
 
@@ -143,18 +144,20 @@ class AdminService:
     async def audit(self, before_seq: int | None, limit: int) -> tuple[AuditView, ...]:
         return await self._reads.read(("audit", before_seq, limit), lambda: self._query.audit(before_seq, limit))
 
-    async def usage(self, first: date | None = None, last: date | None = None) -> list[UsageView]:
-        """By day (UTC) and client, from the first to the last day: from the first of this month to today.
+    async def usage(
+        self, first: date | None = None, last: date | None = None, by: UsagePeriod = "day"
+    ) -> list[UsageView]:
+        """By day (UTC) or hour, and client, from the first to the last day: from the first of this month to today.
 
         Raises:
-            InvalidRequest: the last day lies before the first.
+            InvalidRequest: the last day lies before the first; or ``by`` hour, and no hours are kept.
         """
         today = datetime.fromtimestamp(self._unix_s(), UTC).date()
         last = last or max(today, first or today)
         first = first or last.replace(day=1)
         if last < first:
             raise InvalidRequest(f"to ({last}) lies before from ({first})", param="to")
-        return await self._reads.read(("usage", first, last), lambda: self._query.usage(first, last))
+        return await self._reads.read(("usage", first, last, by), lambda: self._query.usage(first, last, by))
 
     async def keys(self) -> tuple[KeyView, ...]:
         """The live keys, then those of the deployment."""

@@ -14,7 +14,8 @@ from pydantic import TypeAdapter
 
 from fairserve.cluster.counter_client import RayTransport
 from fairserve.config import ApiKey, CounterConfig
-from fairserve.dispatch.periods import starts_s, utc
+from fairserve.dispatch.periods import DAY_S, HOUR_S, utc
+from fairserve.dispatch.usage import HOURS
 from fairserve.errors import ConfigError, CounterUnreachable, FairServeError, InvalidRequest, unwrapped
 from fairserve.views import (
     AuditView,
@@ -28,12 +29,13 @@ from fairserve.views import (
     ModelView,
     Overview,
     SettingView,
+    UsagePeriod,
     UsageView,
 )
 
 Answer = TypeVar("Answer")
 DAY_0 = date(1970, 1, 1)
-OF_ONE_MODEL = frozenset({"overview", "clients", "client", "history", "events", "usage", "export_counters"})
+OF_ONE_MODEL = frozenset({"overview", "clients", "client", "history", "events", "usage", "usage_by_hour"})
 """Questions that each model answers for itself, and that take its name."""
 
 
@@ -91,12 +93,16 @@ class CounterQuery:
         arguments = {"clients": list(clients), "since_s": since_s, "resolution_s": resolution_s}
         return typed(History, await self._read("history", **arguments))
 
-    async def usage(self, first: date, last: date) -> list[UsageView]:
-        """By day (UTC) and client."""
+    async def usage(self, first: date, last: date, by: UsagePeriod = "day") -> list[UsageView]:
+        """By day (UTC), or by hour, and client.
+
+        Raises:
+            InvalidRequest: ``by`` hour, and no hours are kept.
+        """
         found: list[UsageView] = []
-        asked: dict[str, int] | None = usage_days(first, last)
+        method, asked = usage_asked(first, last, by)
         while asked is not None:
-            views, asked = usage_views(await self._read("usage", **asked), asked["last_day"])
+            views, asked = usage_views(await self._read(method, **asked), asked)
             found += views
         return found
 
@@ -175,22 +181,26 @@ def date_of(day: int) -> str:
     return (DAY_0 + timedelta(days=day)).isoformat()
 
 
-def usage_days(first: date, last: date) -> dict[str, int]:
-    """The actor's arguments, of a first call."""
-    return {"first_day": (first - DAY_0).days, "last_day": (last - DAY_0).days}
+def usage_asked(first: date, last: date, by: UsagePeriod = "day") -> tuple[str, dict[str, int] | None]:
+    """The actor's method, and its arguments of a first call."""
+    first_day, last_day = (first - DAY_0).days, (last - DAY_0).days
+    if by == "day":
+        return "usage", {"first_day": first_day, "last_day": last_day}
+    return "usage_by_hour", {"first_hour": first_day * HOURS, "last_hour": last_day * HOURS + HOURS - 1}
 
 
-def usage_views(answer: dict[str, Any], last_day: int) -> tuple[list[UsageView], dict[str, int] | None]:
+def usage_views(answer: dict[str, Any], asked: dict[str, int]) -> tuple[list[UsageView], dict[str, int] | None]:
     """One answer of the actor, and the arguments of the next call, None at the end. Over HTTP it comes whole."""
     if "views" in answer:
         return typed(list[UsageView], answer["views"]), None
+    period, period_s = ("day", DAY_S) if "next_day" in answer else ("hour", HOUR_S)
     names = tuple(UsageView.model_fields)
     views = [
-        UsageView(**dict(zip(names, (client, utc(starts_s(day)), *numbers), strict=True)))
-        for day, client, *numbers in answer["rows"]
+        UsageView(**dict(zip(names, (client, utc(number * period_s), *numbers), strict=True)))
+        for number, client, *numbers in answer["rows"]
     ]
-    next_day = answer["next_day"]
-    return views, None if next_day is None else {"first_day": next_day, "last_day": last_day}
+    following = answer[f"next_{period}"]
+    return views, None if following is None else asked | {f"first_{period}": following}
 
 
 def typed(kind: type[Answer], answer: Any) -> Answer:

@@ -165,6 +165,18 @@ class CounterService:
         rows, next_day = self._of(model).usage.page(first_day, last_day, USAGE_PAGE)
         return {"rows": rows, "next_day": next_day}
 
+    async def usage_by_hour(self, first_hour: int, last_hour: int, model: str = "") -> dict[str, Any]:
+        """The same of hours since 1970.
+
+        Raises:
+            InvalidRequest: none are kept.
+        """
+        usage = self._of(model).usage
+        if usage.keep_hour_days == 0:
+            raise InvalidRequest("usage is not kept by hour here: counter.usage_hour_days is 0", param="by")
+        rows, next_hour = usage.hour_page(first_hour, last_hour, USAGE_PAGE)
+        return {"rows": rows, "next_hour": next_hour}
+
     async def demand(self, model: str = "") -> Demand:
         """The work of the whole cluster, for autoscaling."""
         return demand(self._of(model).dispatcher, self._clock.now_s())
@@ -359,7 +371,7 @@ class CounterService:
             self._clock,
             self._unix_s,
             controls=dict(self._desk.state.controls),
-            usage=UsageBook(config.usage_days, config.usage_clients),
+            usage=UsageBook(config.usage_days, config.usage_clients, keep_hour_days=config.usage_hour_days),
             saver=Saver(self._find_cluster, self._life, self._unix_s, self._clock.now_s),
             store=store if changes is not None else self._store_of(config),
             changes=changes,

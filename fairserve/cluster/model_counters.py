@@ -143,6 +143,7 @@ class ModelCounters:
         has_moved = args.counter.store != self.config.store
         self.config = args.counter
         self.usage.keep_days, self.usage.max_clients = self.config.usage_days, self.config.usage_clients
+        self.usage.keep_hour_days = self.config.usage_hour_days
         if has_moved:
             await self.upkeep.move(store(self.config), is_shared=self.config.is_in_redis)
 

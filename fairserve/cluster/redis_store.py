@@ -28,7 +28,8 @@ from fairserve.dispatch.cut import BookKey, Cut
 from fairserve.dispatch.messages import Totals
 from fairserve.dispatch.periods import DAY_S
 from fairserve.dispatch.store import Head, HistoryRow, Overtaken, Published, Snapshot, snapshot_of
-from fairserve.dispatch.usage import UsageKey, UsageRow
+from fairserve.dispatch.usage import HOURS
+from fairserve.dispatch.usage_rows import UsageKey, UsageRow
 from fairserve.errors import ConfigError
 
 ENV_PASSWORD = "FAIRSERVE_REDIS_PASSWORD"
@@ -37,6 +38,7 @@ CONNECT_S, ANSWER_S = 1.0, 2.0
 """Longest wait for a connection, and for any part of an answer."""
 FORGET_S = 7 * 24 * 3600.0
 """Snapshots of clusters that have been silent for so long are dropped when another begins."""
+BY_HOUR = "usage-hours"
 _BATCH = 500
 _TRIES = 5
 _KINDS = ("nodes", "served", "changed", "books")
@@ -160,23 +162,37 @@ class RedisStore:
             return self._load(head.cluster)
 
     def _put_usage(self, pipe: Any, cut: Cut) -> None:
-        """One key for each day, which goes by itself."""
-        days: dict[int, dict[str, str]] = {}
+        """One key for each day, which goes by itself; and another one for its hours."""
+        days: dict[tuple[str, int], dict[str, str]] = {}
         for (day, client), row in cut.usage.items():
-            days.setdefault(day, {})[client] = _json(row)
-        for day, rows in days.items():
-            key = self._key(self.cluster, "usage", str(day))
+            days.setdefault(("usage", day), {})[client] = _json(row)
+        for (hour, client), row in cut.usage_hours.items():
+            days.setdefault((BY_HOUR, hour // HOURS), {})[f"{hour}:{client}"] = _json(row)
+        first = {"usage": cut.first_day, BY_HOUR: cut.first_hour // HOURS}
+        for (kind, day), rows in days.items():
+            key = self._key(self.cluster, kind, str(day))
             for part in _parts([*rows]):
-                pipe.hset(key, mapping={client: rows[client] for client in part})
-            pipe.expire(key, max(1, day - cut.first_day + 1) * DAY_S)
+                pipe.hset(key, mapping={field: rows[field] for field in part})
+            pipe.expire(key, max(1, day - first[kind] + 1) * DAY_S)
+        if cut.usage_hours:  # a day's hours may have to go before their time
+            pipe.delete(self._key(self.cluster, BY_HOUR, str(first[BY_HOUR] - 1)))
 
     def load_usage(self, days: range) -> dict[UsageKey, UsageRow]:
+        found = self._load_usage("usage", days)
+        return {(day, client): row for day, rows in found.items() for client, row in rows.items()}
+
+    def load_usage_hours(self, hours: range) -> dict[UsageKey, UsageRow]:
+        found = self._load_usage(BY_HOUR, range(hours.start // HOURS, -(-hours.stop // HOURS)))
+        fields = [(*field.partition(":")[::2], row) for rows in found.values() for field, row in rows.items()]
+        return {(int(hour), client): row for hour, client, row in fields if int(hour) in hours}
+
+    def _load_usage(self, kind: str, days: range) -> dict[int, dict[str, UsageRow]]:
         cluster = self._history_of or self.cluster
         with self._asking("read") as db, db.pipeline(transaction=False) as pipe:
             for day in days:
-                pipe.hgetall(self._key(cluster, "usage", str(day)))
+                pipe.hgetall(self._key(cluster, kind, str(day)))
             found = zip(days, pipe.execute(), strict=True)
-            return {(day, client): tuple(json.loads(row)) for day, rows in found for client, row in rows.items()}
+            return {day: {field: tuple(json.loads(row)) for field, row in rows.items()} for day, rows in found}
 
     def set_aside(self) -> str:
         with self._asking("written") as db:

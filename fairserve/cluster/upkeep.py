@@ -89,7 +89,8 @@ class Upkeep:
         usage = self._authority.usage
         try:
             if restored:
-                usage.load(store.load_usage(range(usage.first_day, usage.now.day + 1)))
+                days, hours = range(usage.first_day, usage.now.day + 1), range(usage.first_hour, usage.now.hour + 1)
+                usage.load(store.load_usage(days), store.load_usage_hours(hours))
             if restored and not is_mine:
                 usage.save_all_again()
         except (OSError, ValueError) as error:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from fairserve.dispatch.messages import Totals
-from fairserve.dispatch.usage import UsageBook, UsageKey, UsageRow
+from fairserve.dispatch.usage import UsageBook
+from fairserve.dispatch.usage_rows import UsageKey, UsageRow
 from fairserve.fairness.hierarchy import TOP, is_group
 from fairserve.fairness.queue import FairQueue
 
@@ -103,6 +104,9 @@ class Cut:
     """By day and client: those that changed since what was kept last. No part of the snapshot."""
     first_day: int = 0
     """Rows of usage of earlier days go."""
+    usage_hours: Mapping[UsageKey, UsageRow] = field(default_factory=dict)
+    """The same, by hour and client."""
+    first_hour: int = 0
 
     def snapshot(self) -> dict[str, Any]:
         """Of a whole cut: as ``Dispatcher.dump``."""
@@ -140,7 +144,9 @@ class Cutter:
             self._nodes, is_whole = Changes(self._node), True
             self._queue.tell_before(self._nodes.before)
         nodes, ledger = self._nodes, self._ledger
-        cut = Cut(is_whole, usage=self._usage.cut(is_whole=is_whole), first_day=self._usage.first_day)
+        usage = self._usage
+        cut = Cut(is_whole, usage=usage.cut(is_whole=is_whole), first_day=usage.first_day)
+        cut.usage_hours, cut.first_hour = usage.cut_hours(is_whole=is_whole), usage.first_hour
         nodes.before((TOP,))
         nodes.begin(self._queue.table if is_whole else None)
         nodes.before_unkept((TOP,))  # everything moves it: read now

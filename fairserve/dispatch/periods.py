@@ -7,7 +7,7 @@ from typing import Literal
 
 Window = Literal["minute", "day", "month"]
 WINDOWS: tuple[Window, ...] = ("minute", "day", "month")
-MINUTE_S, DAY_S = 60, 86_400
+MINUTE_S, HOUR_S, DAY_S = 60, 3_600, 86_400
 _ERA = 146_097
 """Days in 400 years, after which the calendar repeats."""
 _MARCH_0 = 719_468
@@ -39,6 +39,11 @@ class Periods:
         return int(self.unix_s // MINUTE_S)
 
     @property
+    def hour(self) -> int:
+        """Since 1970."""
+        return int(self.unix_s // HOUR_S)
+
+    @property
     def day(self) -> int:
         """Since 1970."""
         return int(self.unix_s // DAY_S)
@@ -56,11 +61,6 @@ class Periods:
             return float((self.day + 1) * DAY_S)
         following = self.first_of_month + 31
         return float((following - date_of(following)[2] + 1) * DAY_S)
-
-
-def starts_s(day: int) -> float:
-    """Unix time at which a day since 1970 begins."""
-    return float(day * DAY_S)
 
 
 def utc(unix_s: float) -> str:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from fairserve.dispatch.cut import SNAPSHOT_VERSION, Cut
 from fairserve.dispatch.messages import Totals
-from fairserve.dispatch.usage import UsageKey, UsageRow
+from fairserve.dispatch.usage_rows import UsageKey, UsageRow
 from fairserve.fairness.hierarchy import TOP, is_group
 
 SCHEMA_VERSION = 2
@@ -42,9 +42,9 @@ CREATE TABLE IF NOT EXISTS history (
 ) WITHOUT ROWID;
 """
 _USAGE = """
-CREATE TABLE IF NOT EXISTS usage (
-    day INTEGER, client TEXT, num_requests INTEGER, num_input INTEGER, num_cached INTEGER, num_output INTEGER,
-    service REAL, PRIMARY KEY (day, client)
+CREATE TABLE IF NOT EXISTS {table} (
+    {period} INTEGER, client TEXT, num_requests INTEGER, num_input INTEGER, num_cached INTEGER, num_output INTEGER,
+    service REAL, PRIMARY KEY ({period}, client)
 ) WITHOUT ROWID;
 """
 """Made by whoever writes there first: an older fairserve, which knows nothing of it, can read the rest."""
@@ -151,6 +151,10 @@ class Store(Protocol):
         """Usage of these days since 1970, by day and client, as of the snapshot that :meth:`load` gave."""
         ...
 
+    def load_usage_hours(self, hours: range) -> dict[UsageKey, UsageRow]:
+        """The same of these hours since 1970."""
+        ...
+
     def set_aside(self) -> str:
         """Rename a snapshot that cannot be read, so that the next can be written; returns its new name."""
         ...
@@ -231,10 +235,8 @@ class SqliteStore:
                 _write(db, "reported", 6, rows)
                 closed = ((book, account) for account, total in totals.items() if total is None)
                 _delete(db, "reported WHERE (book, account) = (?, ?)", closed)
-            if cut.usage:
-                db.execute(_USAGE)
-                _write(db, "usage", 7, ((*key, *row) for key, row in cut.usage.items()))
-                db.execute("DELETE FROM usage WHERE day < ?", (cut.first_day,))
+            _write_usage(db, "usage", "day", cut.usage, cut.first_day)
+            _write_usage(db, "usage_hours", "hour", cut.usage_hours, cut.first_hour)
 
     def load(self) -> tuple[Head, Snapshot] | None:
         if not self.path.exists():
@@ -261,10 +263,17 @@ class SqliteStore:
         return []
 
     def load_usage(self, days: range) -> dict[UsageKey, UsageRow]:
-        if not self._read("SELECT 1 FROM sqlite_master WHERE name = 'usage'"):
+        return self._load_usage("usage", "day", days)
+
+    def load_usage_hours(self, hours: range) -> dict[UsageKey, UsageRow]:
+        return self._load_usage("usage_hours", "hour", hours)
+
+    def _load_usage(self, table: str, period: str, periods: range) -> dict[UsageKey, UsageRow]:
+        if not self._read("SELECT 1 FROM sqlite_master WHERE name = ?", (table,)):
             return {}
-        rows = self._read("SELECT * FROM usage WHERE day >= ? AND day < ?", (days.start, days.stop))
-        return {(day, client): _usage_row(*row) for day, client, *row in rows}
+        found = f"SELECT * FROM {table} WHERE {period} >= ? AND {period} < ?"
+        rows = self._read(found, (periods.start, periods.stop))
+        return {(number, client): _usage_row(*row) for number, client, *row in rows}
 
     # -- what was set live, and by whom -------------------------------------------------------------------------------
 
@@ -365,6 +374,15 @@ def _write(db: sqlite3.Connection, table: str, num_columns: int, rows: Iterator[
     places = ", ".join("?" * num_columns)
     while batch := list(islice(rows, _BATCH)):
         db.executemany(f"INSERT OR REPLACE INTO {table} VALUES ({places})", batch)
+
+
+def _write_usage(
+    db: sqlite3.Connection, table: str, period: str, rows: Mapping[UsageKey, UsageRow], first: int
+) -> None:
+    if rows:
+        db.execute(_USAGE.format(table=table, period=period))
+        _write(db, table, 7, ((*key, *row) for key, row in rows.items()))
+        db.execute(f"DELETE FROM {table} WHERE {period} < ?", (first,))
 
 
 def _delete(db: sqlite3.Connection, what: str, keys: Iterator[tuple[Any, ...]]) -> None:

@@ -1,54 +1,60 @@
-"""What every client received, by UTC day: the differences of the ledger's totals, summed where they are merged.
+"""What every client received, by UTC day and hour: differences of the ledger's totals, summed where they are merged.
 
 The same differences move the counters, so nothing is counted twice, and what is kept of a day is written with the
 snapshot, as of the same moment: after a restart the replicas' totals bring exactly what the snapshot did not hold yet.
-What is merged counts on the day on which it is merged. With clusters that share a store it is what all of them served.
+What is merged counts on the day, and in the hour, in which it is merged: the hours of a day sum up to the day, service
+but for the rounding of sums. With clusters that share a store it is what all of them served.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from fairserve.dispatch.messages import Totals
 from fairserve.dispatch.periods import Periods, Window
+from fairserve.dispatch.usage_rows import Row, UsageKey, UsageRow, UsageRows
 from fairserve.fairness.hierarchy import is_group, owner_of, path_of
 
 KEEP_DAYS = 93
+KEEP_HOUR_DAYS = 7
 MAX_CLIENTS = 10_000
 """Of one day; further ones are summed under ``OTHERS``, unless they have a budget."""
 MAX_ROWS = 200_000
 """Of all days, about 50 MB; beyond, the same."""
 OTHERS = ""
-UsageRow = tuple[int, int, int, int, float]
-"""Requests accepted; input, cached (part of the input) and output tokens; service."""
-UsageKey = tuple[int, str]
-"""Day since 1970, client."""
-
-
-@dataclass(slots=True)
-class _Row:
-    num_requests: int = 0
-    num_input: int = 0
-    num_cached: int = 0
-    num_output: int = 0
-    service: float = 0.0
-
-    def plain(self) -> UsageRow:
-        return self.num_requests, self.num_input, self.num_cached, self.num_output, self.service
+MAX_HOUR_ROWS = 200_000
+"""Of all hours, as many bytes again; beyond, the oldest day's go, and of a single day what is further is summed."""
+HOURS = 24
+"""Of a day."""
 
 
 class UsageBook:
     """Outlives the dispatcher that writes it. It has no clock: :meth:`turn` tells it the time, a few times a second."""
 
-    def __init__(self, keep_days: int = KEEP_DAYS, max_clients: int = MAX_CLIENTS, max_rows: int = MAX_ROWS) -> None:
+    def __init__(
+        self,
+        keep_days: int = KEEP_DAYS,
+        max_clients: int = MAX_CLIENTS,
+        max_rows: int = MAX_ROWS,
+        *,
+        keep_hour_days: int = KEEP_HOUR_DAYS,
+        max_hour_rows: int = MAX_HOUR_ROWS,
+    ) -> None:
         self.keep_days = keep_days
+        self.keep_hour_days = keep_hour_days
+        """Days of which the hours are kept; 0: none."""
         self.max_clients = max_clients
         self._max_rows = max_rows
+        self._max_hour_rows = max_hour_rows
         self.now = Periods()
-        self._days: dict[int, dict[str, _Row]] = {}
-        self._num_rows = 0
+        self._days, self._hours = UsageRows(), UsageRows()
+        self._dropped_until = 0
+        """Hours before that day went, because there were too many."""
+        self._under_way: dict[str, tuple[Row, ...]] = {}
+        """Rows of today and of this hour, of clients that have rows of their own."""
+        self._changed: set[str] = set()
+        """Of those, since the last cut."""
         self._sums: dict[str, dict[Window, int]] = {}
         """Tokens of each window under way, of clients and groups that are watched here or elsewhere."""
         self._watched: set[str] = set()
@@ -57,27 +63,33 @@ class UsageBook:
         self._touched: set[str] = set()
         self.promised: Mapping[str, int] = {}
         """Tokens by client or group, promised to requests under way: ``budgets.py`` keeps them."""
-        self._unsaved: set[UsageKey] = set()
-        self._in_cut: set[UsageKey] = set()
-        """Of the cut that may not be kept yet."""
 
     @property
     def first_day(self) -> int:
         """The first one that is kept."""
         return self.now.day - self.keep_days + 1
 
+    @property
+    def first_hour(self) -> int:
+        """The same, of those by hour."""
+        return max(self.now.day - self.keep_hour_days + 1, self._dropped_until) * HOURS
+
     # -- events -------------------------------------------------------------------------------------------------------
 
     def turn(self, unix_s: float) -> bool:
         """It is now so late; whether another minute, day or month has begun."""
-        was, self.now = self.now, Periods(unix_s)
+        was, now = self.now, Periods(unix_s)
+        if was.hour != now.hour:
+            self._note_changes()
+            self._under_way = {}
+        self.now = now
         if (was.minute, was.day) == (self.now.minute, self.now.day):
             return False
         for sums in self._sums.values():
             sums["minute"] = 0
         if was.day != self.now.day:
-            for day in [day for day in self._days if day < self.first_day]:
-                self._num_rows -= len(self._days.pop(day))
+            self._days.drop_before(self.first_day)
+            self._hours.drop_before(self.first_hour)
             for node in self._sums:
                 self._sum_up(node)
         return True
@@ -85,11 +97,11 @@ class UsageBook:
     def served(self, client: str, added: Totals) -> None:
         """The ledger's totals of the client rose by so much."""
         num_input, num_cached, num_output, service = added
-        row = self._row(client)
-        row.num_input += num_input
-        row.num_cached += num_cached
-        row.num_output += num_output
-        row.service += service
+        for row in self._rows_of(client):
+            row.num_input += num_input
+            row.num_cached += num_cached
+            row.num_output += num_output
+            row.service += service
         if self._sums:
             for node in path_of(owner_of(client)):
                 if (sums := self._sums.get(node)) is not None:
@@ -100,7 +112,8 @@ class UsageBook:
 
     def accepted(self, client: str) -> None:
         """A request of its may wait, or run."""
-        self._row(client).num_requests += 1
+        for row in self._rows_of(client):
+            row.num_requests += 1
 
     def meet(self, books: Iterable[UsageBook]) -> None:
         """These, and no others, are of the models of one service: a budget is of what they hold together."""
@@ -144,44 +157,46 @@ class UsageBook:
 
     def rows(self, day: int) -> dict[str, UsageRow]:
         """By client, of one day."""
-        return {client: row.plain() for client, row in self._days.get(day, {}).items()}
+        return {client: row.plain() for client, row in self._days.of(day).items()}
 
     def page(self, first_day: int, last_day: int, most: int) -> tuple[list[tuple[Any, ...]], int | None]:
-        """Rows of whole days, by day and client: day, client, then the fields of ``UsageRow``; up to the day with which
-        they are ``most`` or more. Then the day to ask for next, None at the end."""
-        found: list[tuple[Any, ...]] = []
-        for day in sorted(self._days):
-            if first_day <= day <= last_day:
-                if len(found) >= most:
-                    return found, day
-                found += [(day, client, *row) for client, row in sorted(self.rows(day).items())]
-        return found, None
+        """See :meth:`UsageRows.page`."""
+        return self._days.page(first_day, last_day, most)
+
+    def hour_page(self, first_hour: int, last_hour: int, most: int) -> tuple[list[tuple[Any, ...]], int | None]:
+        """The same, by hour."""
+        return self._hours.page(first_hour, last_hour, most)
 
     # -- what outlives this process -----------------------------------------------------------------------------------
 
     def cut(self, *, is_whole: bool) -> dict[UsageKey, UsageRow]:
-        """Rows that changed since the last cut; with ``is_whole`` those of that one, which may be lost, too."""
-        if is_whole:
-            self._unsaved |= self._in_cut
-        self._in_cut, self._unsaved = self._unsaved, set()
-        days = self._days
-        return {(day, client): days[day][client].plain() for day, client in self._in_cut if client in days.get(day, ())}
+        """See :meth:`UsageRows.cut`."""
+        self._note_changes()
+        return self._days.cut(is_whole=is_whole)
+
+    def cut_hours(self, *, is_whole: bool) -> dict[UsageKey, UsageRow]:
+        """The same, by hour."""
+        self._note_changes()
+        return self._hours.cut(is_whole=is_whole)
 
     def save_all_again(self) -> None:
         """The store is another one now."""
-        self._unsaved |= {(day, client) for day, rows in self._days.items() for client in rows}
+        self._days.save_all_again()
+        self._hours.save_all_again()
 
-    def load(self, rows: Mapping[UsageKey, UsageRow]) -> None:
+    def load(self, rows: Mapping[UsageKey, UsageRow], hours: Mapping[UsageKey, UsageRow] | None = None) -> None:
         """Take over what an earlier life kept, instead of what is here."""
-        self._days = {}
-        for (day, client), row in rows.items():
-            self._days.setdefault(day, {})[client] = _Row(*row)
-        self._num_rows = len(rows)
+        self._under_way, self._changed = {}, set()
+        self._days.load(rows)
+        self._hours.load(hours or {})
+        while len(self._hours) > self._max_hour_rows and self._drop_oldest():
+            pass
         for node in self._sums:
             self._sum_up(node)
 
     def check(self) -> None:
-        assert self._num_rows == sum(map(len, self._days.values()))
+        self._days.check()
+        self._hours.check()
         for node, sums in self._sums.items():
             was = dict(sums)
             self._sum_up(node)
@@ -189,25 +204,55 @@ class UsageBook:
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _row(self, client: str) -> _Row:
-        day = self.now.day
-        rows = self._days.setdefault(day, {})
-        if client not in rows:
-            is_full = len(rows) >= self.max_clients or self._num_rows >= self._max_rows
+    def _rows_of(self, client: str) -> tuple[Row, ...]:
+        """Of today and of this hour, which are about to change. It is asked for every client of every report."""
+        rows = self._under_way.get(client)
+        if rows is None:
+            return self._touch(client)
+        self._changed.add(client)
+        return rows
+
+    def _note_changes(self) -> None:
+        """To be done before another hour begins."""
+        for client in self._changed:
+            self._days.touch(self.now.day, client)
+            if len(self._under_way[client]) > 1:
+                self._hours.touch(self.now.hour, client)
+        self._changed = set()
+
+    def _touch(self, client: str) -> tuple[Row, ...]:
+        named, day, hour = client, self.now.day, self.now.hour
+        today = self._days.of(day)
+        if client not in today:
+            is_full = len(today) >= self.max_clients or len(self._days) >= self._max_rows
             if is_full and owner_of(client) not in self._sums:
                 client = OTHERS
-            if client not in rows:
-                rows[client] = _Row()
-                self._num_rows += 1
-        self._unsaved.add((day, client))
-        return rows[client]
+        rows: tuple[Row, ...] = (self._days.touch(day, client),)
+        if self.keep_hour_days:
+            if client not in self._hours.of(hour):
+                while len(self._hours) >= self._max_hour_rows and client != OTHERS:
+                    if not self._drop_oldest():
+                        client = OTHERS
+            rows = (*rows, self._hours.touch(hour, client))
+        if client == named != OTHERS:
+            self._under_way[client] = rows
+        return rows
+
+    def _drop_oldest(self) -> bool:
+        """The hours of the oldest day go; False where that is today."""
+        first = self._hours.first
+        if first is None or first // HOURS >= self.now.day:
+            return False
+        self._dropped_until = first // HOURS + 1
+        self._hours.drop_before(self._dropped_until * HOURS)
+        return True
 
     def _sum_up(self, node: str) -> None:
         """Day and month from the rows."""
         today, sums = self.now.day, self._sums[node]
         sums["day"], sums["month"] = 0, 0
         for day in range(self.now.first_of_month, today + 1):
-            rows = self._days.get(day, {})
+            rows = self._days.of(day)
             below = str.startswith if is_group(node) else lambda client, node: owner_of(client) == node
             num = sum(row.num_input + row.num_output for client, row in rows.items() if below(client, node))
             sums["month"] += num

@@ -149,6 +149,13 @@ class FakeCounter:
         rows = [(day, name, 3, 100, 40, 50, 200.0) for day in days[:2] for name in sorted(self.rows)]
         return {"rows": rows, "next_day": days[2] if len(days) > 2 else None}
 
+    async def usage_by_hour(self, first_hour: int, last_hour: int) -> Dict:
+        """Each client's same row in each hour, ten hours at a time."""
+        await self._called("usage_by_hour")
+        hours = list(range(first_hour, min(last_hour, first_hour + 10) + 1))
+        rows = [(hour, name, 3, 100, 40, 50, 200.0) for hour in hours[:10] for name in sorted(self.rows)]
+        return {"rows": rows, "next_hour": hours[10] if len(hours) > 10 else None}
+
     async def events(self, after_seq: int = 0, limit: int = 200) -> list[Dict]:
         await self._called("events")
         return [event for event in self._events() if event["seq"] > after_seq][:limit]

@@ -302,6 +302,14 @@ async def test_usage_as_csv_is_the_same_rows_with_a_heading(house: House) -> Non
     assert len(lines) == 2 + len((await house.get("/usage", **query)).json()) == 2 + 3 * len(house.counter.rows)
 
 
+async def test_usage_by_hour_begins_with_the_first_day_and_ends_with_the_last(house: House) -> None:
+    query = {"from": "2026-11-20", "to": "2026-11-21", "by": "hour"}
+    starts = sorted({row["period_start"] for row in (await house.get("/usage", **query)).json()})
+    assert (len(starts), starts[0], starts[-1]) == (48, "2026-11-20T00:00:00Z", "2026-11-21T23:00:00Z")
+    assert "2026-11-20T07:00:00Z,3,100" in (await house.get("/usage", format="csv", **query)).text
+    assert error_of(await house.get("/usage", by="week"), 400)["param"] == "by"
+
+
 async def test_usage_is_of_this_month_unless_other_days_are_named_in_order(house: House) -> None:
     first = (await house.get("/usage")).json()[0]["period_start"]
     assert first.endswith("-01T00:00:00Z")

@@ -83,6 +83,21 @@ def test_usage_is_kept_with_the_cut_and_old_days_go(store: Store) -> None:
     assert store.load_usage(range(today, today + 1)) == {(today, "ann"): later}
 
 
+def test_hours_of_usage_are_kept_beside_the_days_and_go_with_theirs(store: Store) -> None:
+    today, row, later = 20_000, (1, 10, 4, 5, 20.0), (2, 20, 4, 5, 30.0)
+    now, everything = today * 24 + 12, range((today - 6) * 24, today * 24 + 24)
+    assert store.load_usage_hours(everything) == {}
+    hours = {(now, "acme/ann:1"): row, (now - 1, "bob"): row, (now - 24, "bob"): row}
+    store.save(replace(whole(), usage_hours=hours, first_hour=everything.start), HEAD)
+    part = Cut(is_whole=False, usage_hours={(now, "acme/ann:1"): later}, first_hour=everything.start)
+    store.save(part, replace(HEAD, seq=2))
+    assert store.load_usage_hours(everything) == hours | {(now, "acme/ann:1"): later}
+    assert store.load_usage_hours(range(now, now + 1)) == {(now, "acme/ann:1"): later}
+    store.save(replace(part, first_hour=today * 24), replace(HEAD, seq=3))
+    assert store.load_usage_hours(everything) == {(now, "acme/ann:1"): later, (now - 1, "bob"): row}
+    assert store.load_usage(range(today - 6, today + 1)) == {}
+
+
 def test_a_cut_that_is_refused_leaves_usage_as_it_was(store: Store) -> None:
     store.save(whole(), HEAD)
     with pytest.raises(OutOfStep):

@@ -13,7 +13,7 @@ from fairserve.cluster.counter_service import CounterService
 from fairserve.config import CounterConfig, FairServeArgs
 from fairserve.dispatch.messages import StepReport, Submit, Totals
 from fairserve.dispatch.router_book import RouterBook
-from fairserve.errors import BudgetSpent
+from fairserve.errors import BudgetSpent, InvalidRequest
 from tests.cluster.scripted import Wire
 
 NOON = 20_000 * 86_400 + 43_200.0
@@ -44,6 +44,27 @@ async def test_usage_goes_on_in_the_next_life_exactly(tmp_path: Path) -> None:
     second = service_at(tmp_path / "c.sqlite")
     await second.report(report(3, 8, epoch=first.dispatcher.epoch))
     assert await second.usage(20_000, 20_000) == {"rows": [(20_000, "acme/ann", 0, 10, 4, 8, 26.0)], "next_day": None}
+
+
+async def test_usage_by_hour_goes_on_in_the_next_life_and_sums_up_to_the_day(tmp_path: Path) -> None:
+    first, hour = service_at(tmp_path / "c.sqlite"), int(NOON // 3_600)
+    await first.report(report(1, 5))
+    await saved(first)
+    await first.report(report(2, 7))  # and nobody saves that
+    second = service_at(tmp_path / "c.sqlite")
+    second._authority.usage.turn(NOON + 3_600)
+    await second.report(report(3, 8, epoch=first.dispatcher.epoch))
+    rows = [(hour, "acme/ann", 0, 10, 4, 5, 20.0), (hour + 1, "acme/ann", 0, 0, 0, 3, 6.0)]
+    assert await second.usage_by_hour(0, hour + 1) == {"rows": rows, "next_hour": None}
+    assert (await second.usage(20_000, 20_000))["rows"] == [(20_000, "acme/ann", 0, 10, 4, 8, 26.0)]
+
+
+async def test_usage_by_hour_is_refused_where_none_is_kept(tmp_path: Path) -> None:
+    service = service_at(tmp_path / "c.sqlite")
+    args = FairServeArgs.model_validate({"counter": {"store": str(tmp_path / "c.sqlite"), "usage_hour_days": 0}})
+    await service.configure(args.model_dump_json())
+    with pytest.raises(InvalidRequest, match=r"counter\.usage_hour_days is 0"):
+        await service.usage_by_hour(0, 10**6)
 
 
 async def test_a_day_that_fills_a_page_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

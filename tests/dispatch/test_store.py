@@ -193,6 +193,20 @@ def test_threads_may_write_at_the_same_time(store: SqliteStore) -> None:
     assert len(store.load_audit(100)) == 30
 
 
+def test_hours_of_usage_are_kept_beside_the_days_of_an_older_store(store: SqliteStore, path: Path) -> None:
+    row, later = (1, 10, 4, 5, 20.0), (2, 20, 8, 10, 40.0)
+    store.save(replace(whole(1), usage={(100, "ann"): row}), HEAD)  # as before hours were known
+    with closing(sqlite3.connect(path)) as db:
+        assert not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'usage_hours'").fetchall()
+    assert store.load_usage_hours(range(10_000)) == {}
+    hours = {(2_400, "ann"): row, (2_399, "ann"): row, (2_401, "bob"): row}
+    store.save(Cut(is_whole=False, usage_hours=hours, first_hour=2_300), replace(HEAD, seq=2))
+    store.save(Cut(is_whole=False, usage_hours={(2_401, "bob"): later}, first_hour=2_400), replace(HEAD, seq=3))
+    assert store.load_usage_hours(range(10_000)) == {(2_400, "ann"): row, (2_401, "bob"): later}
+    assert store.load_usage_hours(range(2_401, 2_402)) == {(2_401, "bob"): later}
+    assert store.load_usage(range(300)) == {(100, "ann"): row}
+
+
 def test_days_of_usage_that_are_too_old_are_deleted(store: SqliteStore) -> None:
     row = (1, 10, 4, 5, 20.0)
     store.save(replace(whole(1), usage={(100, "ann"): row}, first_day=10), HEAD)

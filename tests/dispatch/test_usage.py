@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from fairserve.dispatch.messages import Totals
 from fairserve.dispatch.periods import DAY_S, WINDOWS, Periods, Window, date_of, utc
-from fairserve.dispatch.usage import OTHERS, UsageBook
+from fairserve.dispatch.usage import HOURS, OTHERS, UsageBook
+from fairserve.dispatch.usage_rows import UsageKey, UsageRow
 from tests.dispatch.kit import Desk, submit
 from tests.memory_store import run_to_end
 
@@ -101,6 +102,101 @@ def test_a_cut_holds_what_changed_and_again_what_may_be_lost() -> None:
     assert set(made.cut(is_whole=False)) == {(day, "ann"), (day, "bob")}
 
 
+def hours_of(made: UsageBook, day: int) -> dict[str, list[UsageRow]]:
+    """By client, of the hours of one day."""
+    found: dict[str, list[UsageRow]] = {}
+    for _, client, *row in made.hour_page(day * HOURS, day * HOURS + HOURS - 1, 10**6)[0]:
+        found.setdefault(client, []).append(tuple(row))  # type: ignore[arg-type]
+    return found
+
+
+def assert_hours_sum_up(made: UsageBook) -> None:
+    """Each client's hours of a day are its day, of all days of which there are hours."""
+    for day in range(made.first_hour // HOURS, made.now.day + 1):
+        sums = {client: tuple(map(sum, zip(*rows, strict=True))) for client, rows in hours_of(made, day).items()}
+        assert sums == {client: pytest.approx(row) for client, row in made.rows(day).items()}
+    made.check()
+
+
+@given(st.data())
+def test_the_hours_of_a_day_are_the_day_whatever_is_lost_and_loaded(data: st.DataObject) -> None:
+    """Cuts are kept or lost, lives end anywhere; names come in crowds."""
+    kept: tuple[dict[UsageKey, UsageRow], dict[UsageKey, UsageRow]] = ({}, {})
+    made, now_s, is_whole = book(max_clients=3, keep_hour_days=2), NOON, True
+    for _ in range(data.draw(st.integers(1, 40))):
+        match data.draw(st.sampled_from(("served", "served", "accepted", "later", "cut", "lost", "restart"))):
+            case "served":
+                tokens = data.draw(st.integers(0, 9))
+                made.served(data.draw(st.sampled_from("abcde")), Totals(tokens, tokens // 2, 1, tokens / 3))
+            case "accepted":
+                made.accepted(data.draw(st.sampled_from("abcde")))
+            case "later":
+                now_s += data.draw(st.sampled_from((60, 3_000, 30_000)))
+                made.turn(now_s)
+            case "cut":
+                for rows, cut in zip(
+                    kept, (made.cut(is_whole=is_whole), made.cut_hours(is_whole=is_whole)), strict=True
+                ):
+                    rows.update(cut)
+                is_whole = False
+            case "lost":
+                made.cut(is_whole=is_whole)
+                made.cut_hours(is_whole=is_whole)
+                is_whole = True
+            case "restart":
+                made, is_whole = book(max_clients=3, keep_hour_days=2), True
+                made.turn(now_s)
+                made.load(*[{key: row for key, row in rows.items() if key[0] >= first} for rows, first in
+                            zip(kept, (made.first_day, made.first_hour), strict=True)])  # fmt: skip
+        assert_hours_sum_up(made)
+
+
+def test_hours_go_with_their_days_and_none_are_kept_where_that_is_said() -> None:
+    made, none = book(keep_hour_days=2), book(keep_hour_days=0)
+    for one in (made, none):
+        one.accepted("ann")
+        one.turn(NOON + DAY_S)
+        one.accepted("ann")
+    today = Periods(NOON + DAY_S).day
+    assert hours_of(made, today - 1) == hours_of(made, today) == {"ann": [(1, 0, 0, 0, 0.0)]}
+    assert hours_of(none, today - 1) == hours_of(none, today) == {}
+    made.turn(NOON + 2 * DAY_S)
+    assert (hours_of(made, today - 1), len(hours_of(made, today))) == ({}, 1)
+    assert made.first_hour == today * HOURS
+
+
+def test_what_changed_before_the_hour_turned_is_in_the_next_cut() -> None:
+    made, day, hour = book(), Periods(NOON).day, Periods(NOON).hour
+    made.accepted("ann")
+    made.cut(is_whole=True)
+    made.cut_hours(is_whole=True)
+    made.accepted("ann")
+    made.turn(NOON + DAY_S)
+    made.accepted("ann")
+    one, two = (1, 0, 0, 0, 0.0), (2, 0, 0, 0, 0.0)
+    assert made.cut(is_whole=False) == {(day, "ann"): two, (day + 1, "ann"): one}
+    assert made.cut_hours(is_whole=False) == {(hour, "ann"): two, (hour + HOURS, "ann"): one}
+
+
+def test_too_many_hours_cost_the_oldest_day_and_then_names() -> None:
+    made, today = book(max_hour_rows=4), Periods(NOON).day
+    for hour in (0, 1, DAY_S // 3_600):
+        made.turn(NOON + hour * 3_600)
+        made.accepted("ann")
+        made.accepted("bob")
+    assert (hours_of(made, today), made.first_hour) == ({}, (today + 1) * HOURS)
+    assert_hours_sum_up(made)
+    made.turn(NOON + DAY_S + 3_600)
+    for client in ("ann", "bob", "eve"):
+        made.served(client, Totals(5, 0, 1, 7.0))
+    assert hours_of(made, today + 1)[OTHERS] == [(0, 5, 0, 1, 7.0)]
+    again = book(max_hour_rows=2)
+    again.turn(NOON + DAY_S)
+    rows = {(hour, client): (1, 0, 0, 0, 0.0) for hour in (today * HOURS, again.now.hour) for client in ("ann", "bob")}
+    again.load({}, rows)
+    assert (hours_of(again, today), len(hours_of(again, today + 1))) == ({}, 2)
+
+
 @pytest.mark.parametrize("is_late", [False, True], ids=["saved at the end", "saved a report before the end"])
 def test_no_token_is_used_twice_or_forgotten_over_a_restart(desk: Desk, is_late: bool) -> None:
     """The rows of a cut are as old as its snapshot, and the replica tells the rest."""
@@ -115,7 +211,13 @@ def test_no_token_is_used_twice_or_forgotten_over_a_restart(desk: Desk, is_late:
     desk.restart(snapshot=cuts[-1].snapshot())
     usage = desk.dispatcher.usage
     usage.turn(NOON)
-    usage.load({key: row for cut in cuts for key, row in cut.usage.items()})
+    hours = {key: row for cut in cuts for key, row in cut.usage_hours.items()}
+    usage.load({key: row for cut in cuts for key, row in cut.usage.items()}, hours)
+    usage.turn(NOON + 3_600)
     replica.epoch = 1
     replica.report(served={"ann": (0, 2)}, is_full=True)
     assert usage.rows(Periods(NOON).day) == {"ann": (1, 10, 0, 7, 24.0)}
+    before, after = hours_of(usage, Periods(NOON).day)["ann"]
+    assert (before, after) == (
+        ((1, 10, 0, 1, 12.0), (0, 0, 0, 6, 12.0)) if is_late else ((1, 10, 0, 5, 20.0), (0, 0, 0, 2, 4.0))
+    )
