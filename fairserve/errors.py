@@ -14,6 +14,7 @@
     |   +-- UnknownKey              no live API key of that id
     |   +-- UnknownFile             the caller has no file of that id
     |   +-- UnknownBatch            the caller has no batch of that id
+    |   +-- UnknownResponse         responses are not stored, so there is none of any id (HTTP 404)
     |   +-- BatchesOff              this service keeps no files and runs no batches (HTTP 404)
     |   +-- AdminKeyRequired        /admin needs an admin key, or another one (HTTP 403)
     |   +-- BodyTooLarge            more bytes than max_body_bytes (HTTP 413)
@@ -158,6 +159,16 @@ class UnknownBatch(RequestError):
 
     def __init__(self, id: str) -> None:  # noqa: A002 (OpenAI's word)
         super().__init__(id=id, param="batch_id", code="batch_not_found")
+
+
+class UnknownResponse(RequestError):
+    message = (
+        "there is no response {id!r}: this service stores none (every answer says store: false), so none can be "
+        "fetched, deleted, cancelled or gone on from"
+    )
+
+    def __init__(self, id: str) -> None:  # noqa: A002 (OpenAI's word)
+        super().__init__(id=id, param="response_id", code="response_not_found")
 
 
 class BatchesOff(RequestError):

@@ -150,16 +150,8 @@ class ChatAnswer(Answer):
     def _rest(self, index: int, output: RequestOutput) -> Json:
         logprobs = None
         if self._wants_logprobs(index):
-            logprobs = {"content": [self._token(one) for one in output.logprobs], "refusal": None}
+            logprobs = {"content": [scored(one, self._token_text) for one in output.logprobs], "refusal": None}
         return {"logprobs": logprobs} | _ending(output)
-
-    def _token(self, one: TokenLogprob) -> Json:
-        top = [self._alternative(token_id, logprob) for token_id, logprob in one.top]
-        return self._alternative(one.token_id, one.logprob) | {"top_logprobs": top}
-
-    def _alternative(self, token_id: int, logprob: float) -> Json:
-        text, data = self._token_text(token_id)
-        return {"token": text, "logprob": max(MIN_LOGPROB, logprob), "bytes": data}
 
 
 class CompletionAnswer(Answer):
@@ -197,6 +189,17 @@ class CompletionAnswer(Answer):
             "top_logprobs": tops,
             "text_offset": offsets,
         }
+
+
+def scored(one: TokenLogprob, token_text: TokenText) -> Json:
+    """One token of an answer, as chats list them."""
+
+    def entry(token_id: int, logprob: float) -> Json:
+        text, data = token_text(token_id)
+        return {"token": text, "logprob": max(MIN_LOGPROB, logprob), "bytes": data}
+
+    top = [entry(token_id, logprob) for token_id, logprob in one.top]
+    return entry(one.token_id, one.logprob) | {"top_logprobs": top}
 
 
 def _ending(output: RequestOutput) -> Json:

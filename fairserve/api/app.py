@@ -8,7 +8,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from fairserve.api import openapi, streaming
+from fairserve.api import openapi, responses_routes, streaming
 from fairserve.api.admin import PREFIX, create_admin
 from fairserve.api.admin_service import AdminService
 from fairserve.api.batches import routes as batch_routes
@@ -88,6 +88,8 @@ def create_app(
     )
     async def responses(request: Request) -> Response:
         return await _generate(service_provider(), request, ResponsesRequest)
+
+    responses_routes.install(app, service_provider)
 
     @app.get("/v1/models", responses=openapi.answered(openapi.ModelList))
     async def models(request: Request) -> Response:

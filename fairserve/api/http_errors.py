@@ -7,7 +7,8 @@
     403 AdminKeyRequired                   415 WrongContentType          ChangeNotKept
     404 UnknownModel, UnknownClient,       429 Refused                   StorageFailed
         UnknownKey, UnknownFile,           431 HeadersTooLarge       504 RequestTimeout
-        UnknownBatch, BatchesOff, no such route
+        UnknownBatch, UnknownResponse,
+        BatchesOff, no such route
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ from fairserve.errors import (
     UnknownFile,
     UnknownKey,
     UnknownModel,
+    UnknownResponse,
     WrongContentType,
     unwrapped,
 )
@@ -78,6 +80,7 @@ _REQUEST_ERRORS = {
     UnknownKey: 404,
     UnknownFile: 404,
     UnknownBatch: 404,
+    UnknownResponse: 404,
     BatchesOff: 404,
     BodyTooSlow: 408,
     BodyTooLarge: 413,

@@ -10,6 +10,7 @@ fairserve does not support is accepted at its neutral value and refused otherwis
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -44,6 +45,8 @@ MIN_TEMPERATURE = 0.01
 
 Prompt = str | tuple[int, ...]
 """Text to tokenize, or token ids as they are."""
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+ServiceTier = Literal["auto", "default", "flex", "priority", "scale"]
 
 
 # What the validators below accept, for the description.
@@ -112,9 +115,15 @@ class Body(BaseModel):
             elif value is not None and not any(
                 type(value) is type(neutral) and value == neutral for neutral in cls.unsupported[name]
             ):
-                hint = f"send {cls.instead[name]} instead" if name in cls.instead else "leave it out"
-                raise refuse("unsupported_field", f"is not supported yet: {hint}", name)
+                raise refuse("unsupported_field", f"is not supported yet: {cls._hint(name)}", name)
         return kept
+
+    @classmethod
+    def _hint(cls, name: str) -> str:
+        if name in cls.instead:
+            return f"send {cls.instead[name]} instead"
+        neutral = [json.dumps(value) for value in cls.unsupported[name] if value not in ("", [], {})]
+        return f"leave it out, or send {' or '.join(neutral)}" if neutral else "leave it out"
 
     @classmethod
     def _unknown(cls, name: Any) -> PydanticCustomError:
@@ -392,9 +401,9 @@ class ChatRequest(Sampled):
     """none, auto (which it is when it is left out), required, or one function by name."""
     parallel_tool_calls: bool = True
     """False: only the first call of an answer is told."""
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    reasoning_effort: Effort | None = None
     """Told to a chat template that knows the word; any other model takes its neutral value, medium, alone."""
-    service_tier: Literal["auto", "default", "flex", "priority", "scale"] | None = None
+    service_tier: ServiceTier | None = None
     """What the key may not ask for is served as ``default``; the answer says which was used."""
     continue_final_message: bool = False
     """Continue the last message, of an assistant, instead of answering it."""

@@ -27,7 +27,8 @@ from fairserve.api.openai_schema import (
     Tool,
     ToolCall,
 )
-from fairserve.api.responses_schema import ResponsesRequest, TextOptions
+from fairserve.api.responses_schema import ReasoningOptions, ResponsesRequest, TextOptions
+from fairserve.api.responses_tools import FunctionTool
 from fairserve.api.tokenizing import DetokenizeRequest, TokenizeRequest
 
 REF = "#/components/schemas/{model}"
@@ -42,7 +43,9 @@ BODIES: tuple[type[Body], ...] = (
     EmbeddingRequest,
     ExpiresAfter,
     Function,
+    FunctionTool,
     Message,
+    ReasoningOptions,
     ResponsesRequest,
     StreamOptions,
     TextOptions,

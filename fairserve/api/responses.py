@@ -1,40 +1,43 @@
-"""What callers of ``/v1/responses`` get: one message, whole or as typed events in OpenAI's order.
+"""What callers of ``/v1/responses`` get: items, whole or as typed events in OpenAI's order.
 
 ::
 
     response.created, response.in_progress                       with the first output, so that a refusal is a 429
-      response.output_item.added, response.content_part.added
-        response.output_text.delta ...
-      response.output_text.done, response.content_part.done, response.output_item.done
+      the events of each item: :mod:`fairserve.api.responses_output`
     response.completed | response.incomplete | response.failed   the last; there is no [DONE]
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from fairserve.api.answers import Job
+from fairserve.api.answers import Job, TokenText
 from fairserve.api.http_errors import Problem
+from fairserve.api.responses_output import Event, Items
 from fairserve.api.responses_schema import ResponsesRequest
 from fairserve.api.streaming import _to_json
+from fairserve.api.tool_answers import NewParser
 from fairserve.engine.request import RequestOutput
 
 Json = dict[str, Any]
 Status = Literal["in_progress", "completed", "incomplete", "failed"]
 ONLY = 0
-"""Index of the one item, and of its one part."""
+"""Index of the one sequence."""
 
 
 class ResponsesAnswer:
-    """Shapes the one sequence of a job. While streaming it keeps the text, which the last events repeat."""
+    """Shapes the one sequence of a job. While streaming it keeps the items, which the last events repeat.
 
-    def __init__(self, body: ResponsesRequest, job: Job) -> None:
+    ``new_parser``: as for a chat that may call functions; None where there are none.
+    """
+
+    def __init__(self, body: ResponsesRequest, job: Job, token_text: TokenText, new_parser: NewParser | None) -> None:
         self._body = body
         self._job = job
         tail = job.response_id.partition("-")[2]
-        self._id, self._item_id = f"resp_{tail}", f"msg_{tail}"
-        self._text: list[str] = []
+        self._id = f"resp_{tail}"
+        self._items = Items(tail, token_text, None if new_parser is None else new_parser(job.stream))
         self._num_events = 0
         self._last: RequestOutput | None = None
 
@@ -43,73 +46,52 @@ class ResponsesAnswer:
     def whole(self, outputs: Mapping[int, RequestOutput]) -> Json:
         """The complete answer; ``outputs`` holds everything that was generated."""
         output = outputs[ONLY]
-        return self._ended(output.text, output)
+        self._items.push(output.text, output.logprobs)
+        self._items.finish(_is_cut(output))
+        return self._ended(output)
 
     # -- as events: ``streaming.Framing`` -----------------------------------------------------------------------------
 
     def of(self, batch: Mapping[int, RequestOutput]) -> bytes:
-        """Of the next output; the first one opens all that is to be closed."""
+        """Of the next output; the first one opens the response."""
         output = batch[ONLY]
-        data = b"" if self._last is not None else self._begin()
+        opening = b"" if self._last is not None else self._begin()
         self._last = output
-        if output.text:
-            self._text.append(output.text)
-            data += self._event("response.output_text.delta", self._place | {"delta": output.text, "logprobs": []})
-        return data
+        return opening + self._framed(self._items.push(output.text, output.logprobs))
 
     def end(self, last: Mapping[int, RequestOutput]) -> bytes:
-        text, output = "".join(self._text), last[ONLY]
-        whole = self._ended(text, output)
-        item = whole["output"][ONLY]
-        return b"".join(
-            [
-                self._event("response.output_text.done", self._place | {"text": text, "logprobs": []}),
-                self._event("response.content_part.done", self._place | {"part": _part(text)}),
-                self._event("response.output_item.done", {"output_index": ONLY, "item": item}),
-                self._event(f"response.{whole['status']}", {"response": whole}),
-            ]
-        )
+        output = last[ONLY]
+        events = self._items.finish(_is_cut(output))
+        whole = self._ended(output)
+        return self._framed([*events, (whole["status"], {"response": whole})])
 
     def failed(self, problem: Problem) -> bytes:
-        """It ended after the first byte: the last event says why, with what there is of the text."""
-        items = [self._item("".join(self._text), "incomplete")] if self._last is not None else []
+        """It ended after the first byte: the last event says why, with what there is of the items."""
+        opening = b"" if self._last is not None else self._begin()
         error = {"code": "server_error", "message": problem.message}
         usage = None if self._last is None else self._usage(self._last)
-        response = self._response("failed", items) | {"error": error, "usage": usage}
-        return self._event("response.failed", {"response": response})
+        response = self._response("failed", self._items.so_far()) | {"error": error, "usage": usage}
+        return opening + self._framed([("failed", {"response": response})])
 
     def _begin(self) -> bytes:
         begun = {"response": self._response("in_progress", [])}
-        item = self._item(None, "in_progress")
-        return b"".join(
-            [
-                self._event("response.created", begun),
-                self._event("response.in_progress", begun),
-                self._event("response.output_item.added", {"output_index": ONLY, "item": item}),
-                self._event("response.content_part.added", self._place | {"part": _part("")}),
-            ]
-        )
+        return self._framed([("created", begun), ("in_progress", begun)])
+
+    def _framed(self, events: Iterable[Event]) -> bytes:
+        return b"".join([self._event(f"response.{kind}", fields) for kind, fields in events])
 
     def _event(self, kind: str, fields: Json) -> bytes:
         numbered = {"type": kind, "sequence_number": self._num_events, **fields}
         self._num_events += 1
         return f"event: {kind}\ndata: {_to_json(numbered)}\n\n".encode()
 
-    @property
-    def _place(self) -> Json:
-        return {"item_id": self._item_id, "output_index": ONLY, "content_index": ONLY}
-
     # -- objects ------------------------------------------------------------------------------------------------------
 
-    def _ended(self, text: str, output: RequestOutput) -> Json:
-        is_cut = output.finish_reason != "stop"
-        status: Status = "incomplete" if is_cut else "completed"
+    def _ended(self, output: RequestOutput) -> Json:
+        is_cut = _is_cut(output)
         why = {"incomplete_details": {"reason": "max_output_tokens"}} if is_cut else {}
-        return self._response(status, [self._item(text, status)]) | why | {"usage": self._usage(output)}
-
-    def _item(self, text: str | None, status: Status) -> Json:
-        content = [] if text is None else [_part(text)]
-        return {"id": self._item_id, "type": "message", "status": status, "role": "assistant", "content": content}
+        response = self._response("incomplete" if is_cut else "completed", self._items.so_far())
+        return response | why | {"usage": self._usage(output)}
 
     def _usage(self, output: RequestOutput) -> Json:
         num_input, num_output = self._job.requests[ONLY].num_input, output.usage.num_output
@@ -133,15 +115,21 @@ class ResponsesAnswer:
             "incomplete_details": None,
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
+            "max_tool_calls": body.max_tool_calls,
             "model": job.model,
             "output": output,
-            "parallel_tool_calls": False,
+            "parallel_tool_calls": body.parallel_tool_calls,
             "previous_response_id": None,
+            "prompt_cache_key": body.prompt_cache_key,
+            "reasoning": {"effort": body.reasoning.effort, "summary": None},
+            "safety_identifier": body.safety_identifier,
+            "service_tier": job.service_tier,
             "store": False,
             "temperature": body.temperature,
-            "text": {"format": body.text.format},
-            "tool_choice": "auto",
-            "tools": [],
+            "text": {"format": body.text.format, "verbosity": "medium"},
+            "tool_choice": body.tool_choice.told,
+            "tools": [tool.as_told for tool in body.tools],
+            "top_logprobs": body.top_logprobs,
             "top_p": body.top_p,
             "truncation": "disabled",
             "usage": None,
@@ -150,5 +138,5 @@ class ResponsesAnswer:
         }
 
 
-def _part(text: str) -> Json:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+def _is_cut(output: RequestOutput) -> bool:
+    return output.finish_reason != "stop"

@@ -184,7 +184,9 @@ class OpenAIService:
         token_text = served.prompts.token_text
         match body:
             case ResponsesRequest():
-                return ResponsesAnswer(body, job)
+                toolbox = body.as_chat().toolbox
+                parsers = None if toolbox is None else self._chats.parsers(toolbox)
+                return ResponsesAnswer(body, job, token_text, parsers)
             case EmbeddingRequest():
                 return EmbeddingAnswer(job, token_text, body.encoding_format)
             case CompletionRequest():

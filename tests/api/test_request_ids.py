@@ -59,11 +59,12 @@ async def test_behind_a_proxy_an_id_of_a_strange_form_is_not_taken_over(
 
 
 def test_there_is_no_route_by_which_a_request_could_be_named_and_ended() -> None:
-    """A request ends with its own connection. DELETE exists for keys alone, and no path takes a request's id."""
+    """A request ends with its own connection. DELETE exists for keys alone, and no path takes a request's id but those
+    of responses, which are all answered alike: none is stored."""
     app = keyed().app
     routes = [*app.routes, *(inner for route in app.routes if isinstance(route, Mount) for inner in route.routes)]
     deletes = {route.path for route in routes if "DELETE" in (getattr(route, "methods", None) or ())}
-    assert deletes == {"/keys/{id}"}
+    assert deletes == {"/keys/{id}", "/v1/responses/{response_id}"}
     posts = {route.path for route in routes if "POST" in (getattr(route, "methods", None) or ())}
     served = {"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/tokenize", "/detokenize"}
-    assert posts == served | {"/keys"}
+    assert posts == served | {"/keys", "/v1/responses/{response_id}/cancel"}

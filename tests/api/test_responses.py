@@ -11,7 +11,7 @@ import openai
 import pytest
 from openai.types.responses import Response
 
-from fairserve.api.responses_schema import NO_STATE, NO_TOOLS
+from fairserve.api.responses_schema import NO_STATE
 from fairserve.engine.request import GenerateRequest
 from fairserve.errors import ClientQueueFull, ReplicaFailed
 from tests.api.admin_kit import error_of
@@ -149,11 +149,11 @@ async def test_nothing_is_stored_and_the_answer_says_so(http: httpx.AsyncClient)
 
 WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"previous_response_id": "resp_1"}, "previous_response_id", NO_STATE),
-    ({"tools": [{"type": "function", "name": "f", "parameters": {}}]}, "tools", NO_TOOLS),
     ({"input": []}, "input", "must be a string or a list of messages"),
     ({"input": 5}, "input", "must be a string or a list of messages"),
     ({"input": [5]}, "input", "item 0 is not an object"),
-    ({"input": [{"type": "function_call_output", "output": "x"}]}, "input", "only messages are supported"),
+    ({"input": [{"type": "web_search_call", "id": "ws_1"}]}, "input", "message, function_call, function_call_output"),
+    ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input", "send the item itself"),
     ({"input": [{"role": "robot", "content": "x"}]}, "input", "item 0 has role 'robot': allowed are user"),
     ({"input": [{"role": "user"}]}, "input", "item 0 has neither a string nor a list of parts"),
     ({"input": [{"role": "user", "content": "x", "colour": 1}]}, "input", "unknown field 'colour'"),
