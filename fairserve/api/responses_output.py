@@ -149,7 +149,7 @@ class Items:
         events: list[Event] = []
         for piece in pieces:
             if isinstance(piece, CallPiece):
-                self._scored.clear()
+                self._scored_of(piece.arguments)
                 if piece.name:
                     events += self._end("completed")
                     index = len(self._done)
@@ -181,18 +181,20 @@ class Items:
         return f"{kind}_{self._tail}_{len(self._done)}"
 
     def _scored_of(self, text: str) -> list[Json]:
-        """Of the tokens that made ``text``; between calls those that do not go on with it are none of them."""
-        if self._parser is None:
+        """Take the tokens that made ``text``; beside calls, those before them are markers, and are forgotten."""
+        raw, wanted = b"".join(bytes(one["bytes"]) for one in self._scored), text.encode()
+        begin = -1 if self._parser is None else raw.find(wanted)
+        if begin < 0:
             taken, self._scored = self._scored, []
             return taken
-        taken, left = [], text.encode()
-        while left and self._scored:
-            one = self._scored.pop(0)
-            data = bytes(one["bytes"])
-            begun = next((way for way in (data, data.lstrip()) if left.startswith(way) or way.startswith(left)), None)
-            if begun:
+        taken, left, place = [], [], 0
+        for one in self._scored:
+            start, place = place, place + len(one["bytes"])
+            if start >= begin + len(wanted):
+                left.append(one)
+            elif place > begin:
                 taken.append(one)
-                left = left[len(begun) :]
+        self._scored = left
         return taken
 
 

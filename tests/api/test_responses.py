@@ -10,15 +10,16 @@ import httpx
 import openai
 import pytest
 from openai.types.responses import Response
+from pydantic import BaseModel
 
 from fairserve.api.responses_schema import NO_STATE
 from fairserve.engine.request import GenerateRequest
 from fairserve.errors import ClientQueueFull, ReplicaFailed
 from tests.api.admin_kit import error_of
-from tests.api.conftest import CONTEXT, MODEL
-from tests.api.scripted import Call, ScriptedBackend, Step, output, settled, words
+from tests.api.conftest import CONTEXT, MODEL, ServiceMaker, app_of, http_of
+from tests.api.responses_kit import PATH, answer_of, events_of
+from tests.api.scripted import Call, ScriptedBackend, Step, byte_tokenizer, output, settled, words
 
-PATH = "/v1/responses"
 BODY: dict[str, Any] = {"model": MODEL, "input": "hi"}
 HI_TEXT = "<|user|>hi\n<|assistant|>"
 ORDER = [
@@ -32,6 +33,12 @@ ORDER = [
     "response.content_part.done",
     "response.output_item.done",
 ]
+
+
+class Weather(BaseModel):
+    """Today's weather in a city."""
+
+    city: str
 
 
 def prompt_of(request: GenerateRequest, tokenizer: Any) -> str:
@@ -142,6 +149,106 @@ async def test_events_are_named_and_nothing_follows_the_last(http: httpx.AsyncCl
     assert blocks[-1].startswith("event: response.completed")
 
 
+LOGPROBS: Any = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+
+
+async def test_log_probabilities_of_an_answer_are_those_of_its_tokens(
+    http: httpx.AsyncClient, backend: ScriptedBackend
+) -> None:
+    answer = answer_of(await http.post(PATH, json=BODY | LOGPROBS))
+    assert answer.top_logprobs == 2 and backend.requests[0].sampling.logprobs == 2
+    (message,) = answer.output
+    (part,) = message.content  # type: ignore[union-attr]
+    tokens = part.logprobs or []  # type: ignore[union-attr]
+    assert [(one.logprob, [other.logprob for other in one.top_logprobs]) for one in tokens] == [
+        (-0.5, [-0.5, -1.5])
+    ] * 2
+    assert all(bytes(one.bytes).decode() == one.token for one in tokens)
+    plain = answer_of(await http.post(PATH, json=BODY | {"include": LOGPROBS["include"]}))
+    assert [len(one.top_logprobs) for one in plain.output[0].content[0].logprobs] == [0, 0]  # type: ignore[union-attr]
+
+
+async def test_log_probabilities_stream_with_their_text_and_the_end_repeats_them(http: httpx.AsyncClient) -> None:
+    events = events_of(await http.post(PATH, json=BODY | LOGPROBS | {"stream": True}))
+    deltas = [one.logprobs for one in events if one.type == "response.output_text.delta"]
+    (done,) = [one.logprobs for one in events if one.type == "response.output_text.done"]
+    (whole,) = [content.logprobs for content in events[-1].response.output[0].content]
+    flat = [(one.token, one.logprob) for some in deltas for one in some]
+    assert len(flat) == 2 and flat == [(one.token, one.logprob) for one in done]
+    assert flat == [(one.token, one.logprob) for one in whole]
+
+
+async def test_what_none_of_our_answers_has_may_be_included(http: httpx.AsyncClient) -> None:
+    asked = {"include": ["reasoning.encrypted_content", "file_search_call.results"], "max_tool_calls": 3}
+    answer = answer_of(await http.post(PATH, json=BODY | asked))
+    assert answer.max_tool_calls == 3
+    assert answer.output[0].content[0].logprobs == []  # type: ignore[union-attr]
+
+
+async def test_labels_and_neutral_values_are_taken_and_come_back(http: httpx.AsyncClient) -> None:
+    labels = {"user": "u", "safety_identifier": "s", "prompt_cache_key": "k", "metadata": {"a": "b"}}
+    neutral = {
+        "background": False,
+        "context_management": [],
+        "conversation": None,
+        "include": [],
+        "parallel_tool_calls": False,
+        "previous_response_id": None,
+        "prompt": None,
+        "prompt_cache_retention": "in_memory",
+        "reasoning": {"effort": "medium", "summary": "auto"},
+        "service_tier": "auto",
+        "stream_options": None,
+        "text": {"format": {"type": "text"}, "verbosity": "medium"},
+        "tool_choice": "auto",
+        "tools": [],
+        "truncation": "disabled",
+    }
+    raw = await http.post(PATH, json=BODY | labels | neutral)
+    told = answer_of(raw).model_dump()
+    assert {name: told[name] for name in labels} == labels
+    assert (told["reasoning"]["effort"], told["service_tier"]) == ("medium", "default")
+    assert (told["truncation"], told["background"], told["parallel_tool_calls"]) == ("disabled", False, False)
+    assert raw.json()["text"] == neutral["text"]
+
+
+async def test_effort_reaches_a_template_that_knows_it_and_is_refused_by_name_elsewhere(
+    http: httpx.AsyncClient, make_service: ServiceMaker, backend: ScriptedBackend
+) -> None:
+    error = error_of(await http.post(PATH, json=BODY | {"reasoning": {"effort": "high"}}), 400)
+    assert error["param"] == "reasoning.effort" and error["message"].startswith("reasoning.effort: not supported")
+    template = "{{ reasoning_effort }}|{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer = byte_tokenizer(template)
+    async with http_of(app_of(make_service(tokenizer=tokenizer))) as knowing:
+        answer = answer_of(await knowing.post(PATH, json=BODY | {"reasoning": {"effort": "high"}}))
+    assert prompt_of(backend.requests[-1], tokenizer) == "high|hi"
+    assert answer.reasoning is not None and answer.reasoning.effort == "high"
+
+
+async def test_a_service_tier_that_the_key_may_ask_for_is_used_and_told(
+    make_service: ServiceMaker, backend: ScriptedBackend
+) -> None:
+    keys = [{"client": "ann", "key": "fs-ann-secret", "service_tiers": ["flex"]}]
+    service = make_service(keys=keys, service_tiers={"flex": 0.5})
+    async with http_of(app_of(service), authorization="Bearer fs-ann-secret") as http:
+        for tier, used in (("flex", "flex"), ("priority", "default"), (None, None)):
+            assert answer_of(await http.post(PATH, json=BODY | {"service_tier": tier})).service_tier == used
+    assert [request.client for request in backend.requests] == ["ann+flex", "ann", "ann"]
+
+
+async def test_a_schema_of_the_text_is_the_grammar_of_the_output_and_parses(
+    client: openai.AsyncOpenAI, backend: ScriptedBackend
+) -> None:
+    backend.script = words('{"city": ', '"Oslo"}')
+    answer = await client.responses.parse(**BODY, text_format=Weather)
+    assert answer.output_parsed == Weather(city="Oslo")
+    grammar: Any = backend.requests[0].sampling.grammar
+    assert grammar.kind == "json_schema" and '"city"' in grammar.text
+    async with client.responses.stream(**BODY, text_format=Weather) as stream:
+        done = [event.parsed async for event in stream if event.type == "response.output_text.done"]
+    assert done == [Weather(city="Oslo")]
+
+
 async def test_nothing_is_stored_and_the_answer_says_so(http: httpx.AsyncClient) -> None:
     for asked in ({}, {"store": True}, {"store": False}, {"store": None}):
         assert (await http.post(PATH, json=BODY | asked)).json()["store"] is False
@@ -164,7 +271,19 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ),
     ({"max_output_tokens": 0}, "max_output_tokens", "greater than or equal to 1"),
     ({"max_output_tokens": 5_000}, "input", "5000 were asked for"),
-    ({"background": True}, "background", "is not supported yet"),
+    ({"background": True}, "background", "is not supported yet: leave it out, or send false"),
+    ({"truncation": "auto"}, "truncation", 'leave it out, or send "disabled"'),
+    ({"conversation": "conv_1"}, "conversation", "send the whole conversation in 'input' instead"),
+    ({"prompt": {"id": "pmpt_1"}}, "prompt", "'instructions' and 'input' instead"),
+    ({"include": ["everything"]}, "include.0", "'message.output_text.logprobs'"),
+    ({"include": "message.output_text.logprobs"}, "include", "valid list"),
+    ({"top_logprobs": 2}, "top_logprobs", "'message.output_text.logprobs' in 'include'"),
+    (LOGPROBS | {"top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
+    ({"reasoning": {"effort": "huge"}}, "reasoning.effort", "'minimal'"),
+    ({"reasoning": {"summary": "detailed"}}, "reasoning.summary", 'leave it out, or send "auto"'),
+    ({"service_tier": "fast"}, "service_tier", "'priority'"),
+    ({"text": {"verbosity": "low"}}, "text.verbosity", 'or send "medium"'),
+    ({"text": {"format": {"type": "json_schema", "schema": {}}}}, "text.format.name", "text.format.name: must have"),
     ({"max_tokens": 5}, "max_tokens", "did you mean 'max_output_tokens'?"),
     ({"text": {"format": {"type": "xml"}}}, "text.format", "text.format"),
     ({"metadata": {"a": 1}}, "metadata.a", "must be a string"),
@@ -226,8 +345,6 @@ async def test_a_caller_who_leaves_ends_the_generation(app: Any, backend: Script
 
 
 async def test_strangers_are_turned_away_before_the_body_is_read(make_service: Any) -> None:
-    from tests.api.conftest import app_of, http_of
-
     app = app_of(make_service(keys=[{"client": "ann", "key": "fs-ann-secret"}]))
     async with http_of(app) as http:
         error_of(await http.post(PATH, content=b"{"), 401)
