@@ -1,4 +1,4 @@
-"""The unmodified ``langchain-openai`` package: ``ChatOpenAI`` with nothing but another base URL."""
+"""The unmodified ``langchain-openai`` package: ``ChatOpenAI`` with nothing but another base URL, over both routes."""
 
 from __future__ import annotations
 
@@ -20,17 +20,24 @@ class Weather(BaseModel):
     city: str
 
 
-@pytest.fixture
-def chat(served: Served) -> Any:
+@pytest.fixture(params=["chat", "responses"])
+def chat(served: Served, request: pytest.FixtureRequest) -> Any:
     return langchain_openai.ChatOpenAI(
-        model="tiny", base_url=served.url + "/v1", api_key=API_KEY, timeout=60, max_retries=0, stream_usage=True
+        model="tiny",
+        base_url=served.url + "/v1",
+        api_key=API_KEY,
+        timeout=60,
+        max_retries=0,
+        stream_usage=True,
+        use_responses_api=request.param == "responses",
     )
 
 
 def test_invoke_answers_with_text_and_usage(chat: Any) -> None:
     answer = chat.invoke([("system", "Be brief."), ("human", "hi")])
-    assert answer.content == "Hello world"
-    assert answer.response_metadata["finish_reason"] == "stop"
+    assert answer.text == "Hello world"
+    ending = {"status": "completed"} if chat.use_responses_api else {"finish_reason": "stop"}
+    assert answer.response_metadata.items() >= ending.items()
     assert answer.usage_metadata["output_tokens"] == 2
 
 
@@ -39,13 +46,14 @@ def test_stream_adds_up_to_the_answer(chat: Any) -> None:
     for chunk in chat.stream("hi"):
         whole = chunk if whole is None else whole + chunk
     assert whole is not None
-    assert whole.content == "Hello world"
+    assert whole.text == "Hello world"
     assert whole.usage_metadata["output_tokens"] == 2
 
 
+@pytest.mark.asyncio(loop_scope="module")  # the package keeps its asynchronous connections for all its clients
 async def test_ainvoke_and_a_batch_answer(chat: Any) -> None:
-    assert (await chat.ainvoke("hi")).content == "Hello world"
-    assert [one.content for one in await chat.abatch(["hi", "ho"])] == ["Hello world"] * 2
+    assert (await chat.ainvoke("hi")).text == "Hello world"
+    assert [one.text for one in await chat.abatch(["hi", "ho"])] == ["Hello world"] * 2
 
 
 def test_bound_tools_are_called_and_answered(chat: Any) -> None:
@@ -55,7 +63,7 @@ def test_bound_tools_are_called_and_answered(chat: Any) -> None:
     call = bound.invoke("hi")
     assert [(one["name"], one["args"]) for one in call.tool_calls] == [("weather", {"city": "Oslo"})]
     result = ToolMessage("rain", tool_call_id=call.tool_calls[0]["id"])
-    assert bound.invoke([HumanMessage("hi"), call, result]).content == "It rains in Oslo."
+    assert bound.invoke([HumanMessage("hi"), call, result]).text == "It rains in Oslo."
 
 
 def test_calls_of_a_stream_add_up(chat: Any) -> None:
@@ -63,7 +71,7 @@ def test_calls_of_a_stream_add_up(chat: Any) -> None:
     for chunk in chat.bind_tools(TOOLS).stream("hi"):
         whole = chunk if whole is None else whole + chunk
     assert whole is not None
-    assert whole.content == "Let me look."
+    assert whole.text == "Let me look."
     assert [(one["name"], one["args"]) for one in whole.tool_calls] == [("weather", {"city": "Oslo"})]
 
 
