@@ -1,4 +1,7 @@
-"""What `test_openai_agents.py` asks of the Agents SDK, where it is installed: python agents_calls.py URL KEY, as JSON."""
+"""What `test_openai_agents.py` asks of the Agents SDK, in a Python that has it, as JSON::
+
+    python agents_calls.py URL KEY
+"""
 
 from __future__ import annotations
 
