@@ -101,9 +101,10 @@ class InvalidRequest(RequestError):
 
 
 class PromptTooLong(RequestError):
+    # Its beginning is what agents and proxies look for, to shorten the conversation and try again.
     message = (
-        "the prompt has {num_prompt} tokens and {max_output} were asked for, but this model's context holds "
-        "{max_context} tokens: shorten the prompt or lower max_tokens"
+        "This model's maximum context length is {max_context} tokens, but the prompt has {num_prompt} tokens "
+        "and {max_output} were asked for: shorten the prompt or lower max_tokens"
     )
 
     def __init__(self, num_prompt: int, max_output: int, max_context: int, param: str | None = "messages") -> None:
@@ -124,7 +125,7 @@ class Unauthenticated(RequestError):
 
 
 class UnknownModel(RequestError):
-    message = "the model {model!r} is not served here; available: {available}"
+    message = "the model {model!r} does not exist, or is not served here; available: {available}"
 
     def __init__(self, model: str, available: str) -> None:
         super().__init__(model=model, available=available, param="model", code="model_not_found")

@@ -43,7 +43,7 @@ class Chats:
             variables.setdefault("reasoning_effort", body.reasoning_effort)
         elif body.reasoning_effort not in (None, NEUTRAL_EFFORT):
             detail = f"reasoning_effort: not supported by this model: leave it out, or send {NEUTRAL_EFFORT!r}"
-            raise InvalidRequest(detail, param="reasoning_effort", code="unsupported_field")
+            raise InvalidRequest(detail, param="reasoning_effort", code="unsupported_value")
         return Rendering(
             tools=() if toolbox is None else tuple(tool.as_told for tool in toolbox.tools),
             variables=variables,
@@ -70,7 +70,7 @@ class Chats:
             detail = (
                 "tools: the answer must have a form of its own, in which nothing can be called: send tool_choice 'none'"
             )
-            raise InvalidRequest(detail, param="tools", code="unsupported_field")
+            raise InvalidRequest(detail, param="tools", code="unsupported_parameter")
         return {"tools": either}
 
     def sampling(self, body: Body, sampling: SamplingParams, shaped: Mapping[str, Grammar]) -> SamplingParams:

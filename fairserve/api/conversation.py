@@ -109,7 +109,8 @@ class Conversations:
 
 
 def no_tools(why: str) -> InvalidRequest:
-    return InvalidRequest(f"tools: {why}, so tools are not supported with it", param="tools", code="unsupported_field")
+    detail = f"tools: {why}, so tools are not supported with it"
+    return InvalidRequest(detail, param="tools", code="unsupported_parameter")
 
 
 def _call(call: Any) -> Json:

@@ -27,6 +27,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError, from_json
 
 from fairserve.api import output_rules
+from fairserve.api.body_errors import invalid, refuse
 from fairserve.api.tools import CHOICE_SCHEMA, MAX_TOOLS, MODES, NAME_PATTERN, NAMED, Choice, Toolbox, choice_of
 from fairserve.engine.request import Grammar, SamplingParams
 from fairserve.errors import InvalidRequest
@@ -75,11 +76,6 @@ PROMPT = {
         {"type": "array", "items": _TOKEN_IDS, "minItems": 1},
     ]
 }
-
-
-def refuse(kind: str, message: str, field: str = "") -> PydanticCustomError:
-    """What a validator raises; ``field`` where the field at fault is not its own."""
-    return PydanticCustomError(kind, "{message}", {"message": message, "field": field})
 
 
 class Body(BaseModel):
@@ -218,17 +214,18 @@ class Message(Body):
 
 
 def _text_of_part(index: int, part: Any) -> str:
+    place = f"[{index}]"
     if not isinstance(part, dict):
-        raise refuse("wrong_part", f"part {index} is not an object")
+        raise refuse("invalid_type", "is not an object", place)
     kind, text = part.get("type"), part.get("text")
     if kind != "text":
-        shown = repr(kind)[:MAX_NAME_CHARS]
-        raise refuse("unsupported_part", f"part {index} has type {shown}: only 'text' parts are supported")
+        shown = f"is {repr(kind)[:MAX_NAME_CHARS]}: only 'text' parts are supported"
+        raise refuse("unsupported_part" if "type" in part else "missing", shown, f"{place}.type")
     if not isinstance(text, str):
-        raise refuse("wrong_part", f"part {index} has no string in 'text'")
+        raise refuse("invalid_type" if "text" in part else "missing", "must be a string", f"{place}.text")
     for name in part:
         if name not in ("type", "text"):
-            raise refuse("unknown_field", f"part {index} has an unknown field {name[:MAX_NAME_CHARS]!r}")
+            raise refuse("unknown_field", "unknown field, known fields: type, text", f"{place}.{name[:MAX_NAME_CHARS]}")
     return text
 
 
@@ -281,16 +278,19 @@ class Sampled(Body):
     @classmethod
     def _pairs(cls, value: Any) -> Any:
         if not isinstance(value, dict):
-            raise refuse("wrong_metadata", "must be an object whose values are strings")
+            raise refuse("invalid_type", "must be an object whose values are strings")
         if len(value) > MAX_PAIRS:
-            raise refuse("wrong_metadata", f"holds {len(value)} pairs, at most {MAX_PAIRS} are allowed")
+            shown = f"holds {len(value)} pairs, at most {MAX_PAIRS} are allowed"
+            raise refuse("object_above_max_properties", shown)
         for key, text in value.items():
             if len(key) > MAX_KEY_CHARS:
-                raise refuse("wrong_metadata", f"has a key of {len(key)} characters, at most {MAX_KEY_CHARS}")
+                shown = f"has a key of {len(key)} characters, at most {MAX_KEY_CHARS}"
+                raise refuse("property_name_above_max_length", shown)
             if not isinstance(text, str):
-                raise refuse("wrong_metadata", "must be a string", key)
+                raise refuse("invalid_type", "must be a string", key)
             if len(text) > MAX_VALUE_CHARS:
-                raise refuse("wrong_metadata", f"has {len(text)} characters, at most {MAX_VALUE_CHARS}", key)
+                shown = f"has {len(text)} characters, at most {MAX_VALUE_CHARS}"
+                raise refuse("string_above_max_length", shown, key)
         return value
 
     @field_validator("stop", mode="before")
@@ -298,9 +298,10 @@ class Sampled(Body):
     def _stop_strings(cls, value: Any) -> tuple[str, ...]:
         stop = [value] if isinstance(value, str) else value
         if not isinstance(stop, list) or not all(isinstance(one, str) for one in stop):
-            raise refuse("wrong_stop", "must be a string or a list of strings")
+            raise refuse("invalid_type", "must be a string or a list of strings")
         if len(stop) > MAX_STOP_STRINGS:
-            raise refuse("wrong_stop", f"holds {len(stop)} strings, at most {MAX_STOP_STRINGS} are allowed")
+            shown = f"holds {len(stop)} strings, at most {MAX_STOP_STRINGS} are allowed"
+            raise refuse("array_above_max_length", shown)
         if not all(0 < len(one) <= MAX_STOP_CHARS for one in stop):
             raise refuse("wrong_stop", f"every stop string must have 1 to {MAX_STOP_CHARS} characters")
         return tuple(stop)
@@ -542,7 +543,4 @@ def parse(model: type[B], raw: bytes) -> B:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-    path = [*first["loc"], *filter(None, [first.get("ctx", {}).get("field")])]
-    param = ".".join(str(step) for step in path) or None
-    raise InvalidRequest(f"{param}: {first['msg']}", param=param, code=first["type"])
+        raise invalid(error) from None

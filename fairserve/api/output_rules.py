@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Protocol
 
 from pydantic import Field, PlainValidator, WithJsonSchema
-from pydantic_core import PydanticCustomError
 
+from fairserve.api.body_errors import refuse as _refuse
 from fairserve.engine import grammar as grammars
 from fairserve.engine.request import Grammar
 from fairserve.errors import InvalidRequest
@@ -30,10 +30,6 @@ MAX_GBNF_CHARS = 8_192
 """Of a grammar in GBNF, which is translated into Lark here."""
 Json = dict[str, Any]
 Words = tuple[tuple[int, ...], ...]
-
-
-def _refuse(kind: str, message: str, field: str = "") -> PydanticCustomError:
-    return PydanticCustomError(kind, "{message}", {"message": message, "field": field})
 
 
 def _text_of(schema: Any, field: str) -> str:
@@ -55,7 +51,7 @@ def _members(value: Any, known: Sequence[str], field: str = "") -> Json:
     for name in value:
         if name not in known:
             shown = f"unknown field {name[:MAX_NAME_CHARS]!r}, known fields: {', '.join(known)}"
-            raise _refuse("unknown_field", shown, field)
+            raise _refuse("unknown_field", shown, f"{field}.{name[:MAX_NAME_CHARS]}".removeprefix("."))
     return {name: one for name, one in value.items() if one is not None}
 
 
@@ -83,7 +79,8 @@ def _response_format(value: Any) -> Grammar | None:
     if kind in ("text", "json_object"):
         _members(value, ("type",))
         return Grammar("json_object") if kind == "json_object" else None
-    raise _refuse("wrong_format", "must be an object whose type is 'text', 'json_object' or 'json_schema'")
+    shown = "must be an object whose type is 'text', 'json_object' or 'json_schema'"
+    raise _refuse("wrong_format", shown, "type" if isinstance(value, dict) else "")
 
 
 def _regex(value: Any, field: str = "") -> Grammar:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fairserve.api.openai_schema import MAX_NAME_CHARS, refuse
+from fairserve.api.body_errors import refuse
+from fairserve.api.openai_schema import MAX_NAME_CHARS
 
 Json = dict[str, Any]
 ROLES = ("user", "assistant", "system", "developer")

@@ -14,7 +14,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import FailFast, Field, WithJsonSchema, field_validator, model_validator
 
-from fairserve.api.openai_schema import _METADATA, Body, ChatRequest, Effort, Sampled, ServiceTier, parse, refuse
+from fairserve.api.body_errors import refuse
+from fairserve.api.openai_schema import _METADATA, Body, ChatRequest, Effort, Sampled, ServiceTier, parse
 from fairserve.api.responses_input import INPUT, messages_of
 from fairserve.api.responses_tools import CHOICE_SCHEMA, FunctionTool, ToolChoice, check_kinds, choice_of
 from fairserve.api.tools import MAX_TOOLS
@@ -226,7 +227,7 @@ def in_our_words() -> Iterator[None]:
 
 def _ours(param: str) -> str:
     for theirs, ours in OUR_NAMES.items():
-        if param == theirs or param.startswith(theirs + "."):
+        if param == theirs or param.startswith((theirs + ".", theirs + "[")):
             # Places in the conversation are others than those in the input.
             return ours if ours == "input" else ours + param.removeprefix(theirs)
     return param

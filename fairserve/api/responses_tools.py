@@ -8,7 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from fairserve.api.openai_schema import MAX_NAME_CHARS, Body, refuse
+from fairserve.api.body_errors import refuse
+from fairserve.api.openai_schema import MAX_NAME_CHARS, Body
 from fairserve.api.tools import MODES, NAME_PATTERN
 
 Json = dict[str, Any]

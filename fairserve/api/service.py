@@ -185,7 +185,7 @@ class OpenAIService:
         match body:
             case ResponsesRequest():
                 toolbox = body.as_chat().toolbox
-                parsers = None if toolbox is None else self._chats.parsers(toolbox)
+                parsers = None if toolbox is None else served.chats.parsers(toolbox)
                 return ResponsesAnswer(body, job, token_text, parsers)
             case EmbeddingRequest():
                 return EmbeddingAnswer(job, token_text, body.encoding_format)
@@ -222,7 +222,8 @@ class OpenAIService:
         if num_prompts * n > most:
             asked = f"n = {n}" if num_prompts == 1 else f"{num_prompts} prompts with n = {n}"
             detail = f"{param}: {asked[:64]} asks for more than {most} sequences, the most that one request may have"
-            raise InvalidRequest(detail, param=param)
+            code = "integer_above_max_value" if param == "n" else "array_above_max_length"
+            raise InvalidRequest(detail, param=param, code=code)
 
     def _served(self, name: str) -> ServedModel:
         """
@@ -276,7 +277,7 @@ class OpenAIService:
             raise PromptTooLong(num_prompt, 1 if asked is None else asked, max_model_len, PARAMS[type(body)])
         if body.min_tokens > (most := left if asked is None else asked):
             detail = f"min_tokens: must be at most {most}, the most tokens that this output may have"
-            raise InvalidRequest(detail, param="min_tokens")
+            raise InvalidRequest(detail, param="min_tokens", code="integer_above_max_value")
         if asked is not None:
             return asked
         return min(left, self._limits.default_max_tokens or (left if is_chat else COMPLETION_MAX_TOKENS))

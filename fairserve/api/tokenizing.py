@@ -9,8 +9,9 @@ from typing import Annotated, Any, ClassVar
 from pydantic import FailFast, Field, model_validator
 
 from fairserve.api.answers import Json
+from fairserve.api.body_errors import refuse
 from fairserve.api.conversation import Rendering
-from fairserve.api.openai_schema import Body, Message, refuse
+from fairserve.api.openai_schema import Body, Message
 from fairserve.api.prompts import Prompts
 
 

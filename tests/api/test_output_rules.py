@@ -223,9 +223,9 @@ def test_a_bad_word_is_looked_for_with_and_without_a_space_before_it() -> None:
 
 
 WRONG: list[tuple[dict[str, Any], str, str]] = [
-    ({"response_format": {"type": "xml"}}, "response_format", "'text', 'json_object' or 'json_schema'"),
+    ({"response_format": {"type": "xml"}}, "response_format.type", "'text', 'json_object' or 'json_schema'"),
     ({"response_format": "json_object"}, "response_format", "must be an object"),
-    ({"response_format": {"type": "json_object", "x": 1}}, "response_format", "unknown field 'x'"),
+    ({"response_format": {"type": "json_object", "x": 1}}, "response_format.x", "unknown field 'x'"),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "must be an object"),
     (
         {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
@@ -250,7 +250,11 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"structured_outputs": {}}, "structured_outputs", "give one of them"),
     ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs", "give one of them"),
     ({"structured_outputs": {"json_object": False}}, "structured_outputs.json_object", "must be true"),
-    ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs", "unknown field 'structural_tag'"),
+    (
+        {"structured_outputs": {"structural_tag": "x"}},
+        "structured_outputs.structural_tag",
+        "unknown field 'structural_tag'",
+    ),
     (
         {"guided_regex": "a", "response_format": {"type": "json_object"}},
         "guided_regex",
@@ -265,7 +269,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"logit_bias": [1]}, "logit_bias", "must be an object"),
     ({"allowed_token_ids": [257]}, "allowed_token_ids", "must be below 257"),
     ({"allowed_token_ids": []}, "allowed_token_ids", "at least 1"),
-    ({"bad_words": [""]}, "bad_words.0", "at least 1"),
+    ({"bad_words": [""]}, "bad_words[0]", "at least 1"),
     ({"min_tokens": -1}, "min_tokens", "greater than or equal to 0"),
     ({"min_tokens": 9, "max_tokens": 8}, "min_tokens", "must be at most 8"),
 ]

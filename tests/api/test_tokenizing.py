@@ -76,7 +76,7 @@ async def test_special_tokens_are_added_to_a_text_and_not_to_what_a_template_wro
         ("/tokenize", {"prompt": "x", "model": "other"}, "not served here"),
         ("/tokenize", {"prompt": "x", "tools": [{}]}, "tools: is not supported yet"),
         ("/detokenize", {"tokens": [257]}, "tokens: token ids must be below 257"),
-        ("/detokenize", {"tokens": [-1]}, "tokens.0: Input should be greater than or equal to 0"),
+        ("/detokenize", {"tokens": [-1]}, "tokens[0]: Input should be greater than or equal to 0"),
         ("/detokenize", {"token": [1]}, "did you mean 'tokens'?"),
     ],
 )

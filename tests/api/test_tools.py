@@ -265,17 +265,17 @@ async def test_a_template_without_tools_refuses_them(make_service: ServiceMaker)
     for template in (tool_kit.TURNS, "{{ messages }} <tool_call>"):
         async with http_of(app_of(make_service(tokenizer=byte_tokenizer(template), context=ROOM))) as http:
             error = await refused(http, GOOD)
-        assert (error["param"], error["code"]) == ("tools", "unsupported_field")
+        assert (error["param"], error["code"]) == ("tools", "unsupported_parameter")
         assert "chat template" in error["message"]
 
 
 @pytest.mark.parametrize(
     ("change", "param"),
     [
-        ({"tools": [{"type": "function"}]}, "tools.0.function"),
-        ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools.0.custom"),
-        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
-        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": []}}]}, "tools.0.function.parameters"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0].custom"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+        ({"tools": [TIME | {"function": {"name": "f", "parameters": []}}]}, "tools[0].function.parameters"),
         ({"tools": [TIME, WEATHER, TIME]}, "tools"),
         ({"tools": [TIME] * 129}, "tools"),
         ({"tool_choice": "always"}, "tool_choice"),
@@ -284,11 +284,11 @@ async def test_a_template_without_tools_refuses_them(make_service: ServiceMaker)
         ({"tools": [], "tool_choice": "required"}, "tool_choice"),
         ({"functions": [{"name": "f"}]}, "functions"),
         ({"function_call": {"name": "f"}}, "function_call"),
-        ({"messages": [{"role": "tool", "content": "1"}]}, "messages.0.tool_call_id"),
-        ({"messages": [{"role": "assistant", "content": None}]}, "messages.0.content"),
+        ({"messages": [{"role": "tool", "content": "1"}]}, "messages[0].tool_call_id"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "messages[0].content"),
         (
             {"messages": [{"role": "user", "content": "", "tool_calls": [{"id": "1", "function": TIME["function"]}]}]},
-            "messages.0.tool_calls.0.function.arguments",
+            "messages[0].tool_calls[0].function.arguments",
         ),
     ],
     ids=str,

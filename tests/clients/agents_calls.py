@@ -1,6 +1,6 @@
 """What `test_openai_agents.py` asks of the Agents SDK, in a Python that has it, as JSON::
 
-    python agents_calls.py URL KEY
+python agents_calls.py URL KEY
 """
 
 from __future__ import annotations

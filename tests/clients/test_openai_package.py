@@ -108,7 +108,7 @@ def test_errors_are_the_packages_own(client: openai.OpenAI) -> None:
         client.chat.completions.create(model="gpt-4o", messages=HI)
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(model=MODEL, messages=HI, tool_choice="required")
-    assert (caught.value.param, caught.value.code) == ("tool_choice", "wrong_tool_choice")
+    assert (caught.value.param, caught.value.code) == ("tool_choice", "invalid_value")
     with pytest.raises(openai.AuthenticationError):
         client.with_options(api_key="nobody").models.list()
 

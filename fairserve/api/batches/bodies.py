@@ -6,10 +6,10 @@ import difflib
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, field_validator
-from pydantic_core import PydanticCustomError
 from starlette.requests import Request
 
 from fairserve.api.batches.lines import ENDPOINTS
+from fairserve.api.body_errors import invalid, refuse
 from fairserve.api.openai_schema import MAX_KEY_CHARS, MAX_PAIRS, MAX_VALUE_CHARS, Body
 from fairserve.errors import InvalidRequest
 
@@ -45,8 +45,7 @@ class BatchRequest(Body):
     @classmethod
     def _known(cls, value: str) -> str:
         if value not in ENDPOINTS:
-            message = f"batches are run for {', '.join(ENDPOINTS)}"
-            raise PydanticCustomError("wrong_endpoint", "{message}", {"message": message})
+            raise refuse("wrong_endpoint", f"batches are run for {', '.join(ENDPOINTS)}")
         return value
 
 
@@ -96,16 +95,15 @@ def page_of(kind: type[P], request: Request) -> P:
         if name not in kind.model_fields:
             near = difflib.get_close_matches(name[:64], kind.model_fields, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(kind.model_fields)}"
-            raise InvalidRequest(f"there is no query parameter {name[:64]!r} here: {hint}", param=name[:64])
+            detail = f"there is no query parameter {name[:64]!r} here: {hint}"
+            raise InvalidRequest(detail, param=name[:64], code="unknown_parameter")
         if name in found:
             raise InvalidRequest(f"query parameter {name!r} is given twice", param=name)
         found[name] = value
     try:
         return kind.model_validate(found)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-    param = str(first["loc"][0])
-    raise InvalidRequest(f"{param}: {first['msg']}", param=param, code=first["type"])
+        raise invalid(error) from None
 
 
 def parameters(kind: type[Page]) -> list[dict[str, Any]]:

@@ -131,7 +131,7 @@ class BatchService:
             source = await asyncio.to_thread(self._files.get, client.name, body.input_file_id)
             if source.purpose != "batch":
                 detail = f"input_file_id: must be a file with the purpose 'batch', this one has {source.purpose!r}"
-                raise InvalidRequest(detail, param="input_file_id")
+                raise InvalidRequest(detail, param="input_file_id", code="invalid_value")
             record = BatchRecord(
                 id=new_batch_id(),
                 owner=client,
@@ -197,9 +197,11 @@ def _usable(directory: str) -> Path:
 def _check_fields(fields: dict[str, str]) -> None:
     for name in fields:
         if name not in FORM_FIELDS:
-            raise InvalidRequest(f"unknown field {name!r}; known fields: file, {', '.join(FORM_FIELDS)}", param=name)
+            detail = f"unknown field {name!r}; known fields: file, {', '.join(FORM_FIELDS)}"
+            raise InvalidRequest(detail, param=name, code="unknown_parameter")
     if fields.get("purpose") != "batch":
-        raise InvalidRequest("purpose: must be 'batch', the only one that files are kept for", param="purpose")
+        code = "invalid_value" if "purpose" in fields else "missing_required_parameter"
+        raise InvalidRequest("purpose: must be 'batch', the only one that files are kept for", "purpose", code)
 
 
 async def _pieces(file: BinaryIO) -> AsyncIterator[bytes]:

@@ -167,7 +167,7 @@ async def _read(stream: AsyncIterator[bytes], boundary: bytes, file: BinaryIO, m
         raise InvalidRequest("the form breaks off: its last boundary did not come")
     await asyncio.to_thread(file.write, parts.take())
     if parts.form.filename is None:
-        raise InvalidRequest("file: is missing", param="file")
+        raise InvalidRequest("file: is missing", param="file", code="missing_required_parameter")
     return parts.form
 
 
