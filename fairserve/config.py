@@ -24,6 +24,7 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 CLIENT_SEGMENT = "[A-Za-z0-9._:@-]{1,64}"
 GroupName = Annotated[str, Field(pattern=f"^{CLIENT_SEGMENT}(/{CLIENT_SEGMENT})?$")]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+AdapterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:/@-]{1,128}$")]
 
 
 class Strict(BaseModel):
@@ -345,6 +346,19 @@ class EngineConfig(Strict):
     """Seed for requests that bring none; the k-th such request of a replica gets seed + k."""
     trust_remote_code: bool = False
     """Run Python code that a model repository brings along. Only for repositories you trust."""
+    adapters: dict[AdapterName, Annotated[str, Field(min_length=1)]] = {}
+    """LoRA adapters of the model: name -> local folder or hub id, in peft's format (adapter_config.json and
+    adapter_model.safetensors). Requests with different ones, and with none, run in one batch; who names an adapter as
+    "model" gets it. Names: 1-128 of A-Z a-z 0-9 . _ : / @ -. Not with tensor_parallel_size above 1."""
+
+    @model_validator(mode="after")
+    def _adapters_in_one_process(self) -> Self:
+        if self.adapters and self.tensor_parallel_size > 1:
+            raise ValueError(
+                f"adapters are served with tensor_parallel_size 1 only, not {self.tensor_parallel_size}: serve the "
+                "model in one process, or merge an adapter into its weights (peft's merge_and_unload)"
+            )
+        return self
 
     @field_validator("pooling", mode="before")
     @classmethod

@@ -93,6 +93,8 @@ class Chunk:
     block_table: tuple[int, ...]
     start: int | None
     """First KV slot when the sequence's slots follow each other, else None."""
+    adapter: str = ""
+    """The LoRA adapter of the request; "" for the bare model."""
     read_from: int = 0
     """What the next two ask for, they ask of the rows from this one on: the rows before were read already."""
     targets: tuple[int, ...] = ()
@@ -427,7 +429,7 @@ class Batcher:
         block_size = self._kv.block_size
         keys = self._keys.get(request.request_id)
         if keys is None:
-            keys = self._keys[request.request_id] = self._prefix_cache.keys_for(request.client)
+            keys = self._keys[request.request_id] = self._prefix_cache.keys_for(request.client, request.adapter)
             keys.add(request.prompt_token_ids)
         num_tokens = request.num_input if back is None else back.num_tokens
         if back is not None and num_tokens // block_size > len(keys):
@@ -458,6 +460,7 @@ class Batcher:
             end == sequence.num_tokens and sequence.request.sampling.max_tokens > 0,
             self._kv.table(request_id),
             self._kv.start(request_id),
+            sequence.request.adapter,
             *(_asked(sequence, position, end) if sequence.is_read else ()),
         )
 

@@ -52,6 +52,10 @@ class PackedGate(nn.Module):
         y: Tensor = _PRODUCT.binary(x, gate, self._up.packed, self._up.bias, "mul")
         return y
 
+    def parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Both products as they are."""
+        return self._gate(x), self._up(x)
+
 
 class _Fused:
     """One product for several linears over the same input: the first to be called computes for all."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -83,8 +84,11 @@ class Engine:
         reserve_output_tokens: int | None,
         seed: int,
         clock: Clock,
+        adapters: Collection[str] = (),
     ) -> None:
+        """``adapters``: names of the LoRA adapters that requests may ask for."""
         self.limits = limits
+        self._adapters = adapters
         self._batcher = batcher
         self._runner = runner
         self._kv = kv
@@ -108,8 +112,8 @@ class Engine:
 
         Raises:
             PromptTooLong: the prompt leaves no room for a single output token.
-            InvalidRequest: no prompt, an unknown token id, output together with an embedding, a grammar that cannot be
-                used, or an id that is in use.
+            InvalidRequest: no prompt, an unknown token id or adapter, output together with an embedding, a grammar that
+                cannot be used, or an id that is in use.
             ReplicaFailed: the engine is broken.
         """
         request_id = request.request_id
@@ -227,6 +231,9 @@ class Engine:
             raise PromptTooLong(request.num_input, request.sampling.max_tokens, self.limits.max_model_len)
         if not 0 <= min(request.prompt_token_ids) <= max(request.prompt_token_ids) < self.limits.vocab_size:
             raise InvalidRequest(f"token ids must lie in [0, {self.limits.vocab_size})", param="prompt")
+        if request.adapter and request.adapter not in self._adapters:
+            known = ", ".join(sorted(self._adapters)) or "none"
+            raise InvalidRequest(f"there is no adapter {request.adapter!r} here; known: {known}", param="model")
         p = request.sampling
         named = [
             *(p.allowed_token_ids or ()),
@@ -482,6 +489,7 @@ def make_engine(
         reserve_output_tokens=reserve_output_tokens,
         seed=config.seed,
         clock=clock,
+        adapters=loaded.adapters.names if loaded.adapters is not None else (),
     )
 
 
@@ -509,7 +517,9 @@ def make_runner(loaded: LoadedModel, config: EngineConfig) -> tuple[Runner, KVBl
     attach(loaded.model, Attachment(cache))
     runner_class = shards.ShardedRunner if shards.is_lead() else Runner
     sampler = Sampler(Grammars(loaded.tokenizer, loaded.eos_token_ids, loaded.vocab_size), loaded.eos_token_ids)
-    runner = runner_class(loaded.model, cache, block_size, loaded.device, sampler, spare_block=num_blocks)
+    runner = runner_class(
+        loaded.model, cache, block_size, loaded.device, sampler, spare_block=num_blocks, adapters=loaded.adapters
+    )
     return runner, kv, min(max_model_len, kv.capacity_tokens)
 
 

@@ -10,6 +10,8 @@ The arithmetic is the model's own; weights are rearranged when it is built, so t
 - Query heads that share a KV head lie ``kv_heads`` apart instead of side by side, and o's columns alike: what attention
   returns for decodes needs no copy.
 - SiLU, the gate and both residual sums are done by oneDNN inside the products (in float32).
+
+LoRA adapters are rearranged alike. In steps with adapters, SiLU and the gate come after the products.
 """
 
 from __future__ import annotations
@@ -18,12 +20,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 
 from fairserve.engine.attention import Attachment
 from fairserve.engine.attention_sdpa import SdpaAttention
 from fairserve.engine.cpu_linear import PackedGate, PackedLinear, release
 from fairserve.engine.int8_linear import Int8Gate, Int8Linear
+from fairserve.engine.lora import Adapters, Lora, arranged, joined
 
 _KNOWN = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 
@@ -66,15 +70,18 @@ def can_fuse(model: nn.Module) -> bool:
 class FusedDecoder(nn.Module):
     """Takes over the weights of ``model``, layer by layer: afterwards the model is empty."""
 
-    def __init__(self, model: Any, kinds: Products) -> None:
+    def __init__(self, model: Any, kinds: Products, adapters: Adapters | None = None) -> None:
+        """``adapters``: those of ``model``, taken over too."""
         super().__init__()
         core = model.model
+        self._step = adapters.step if adapters is not None else None
         self.embedding = core.embed_tokens
         self._rotary = core.rotary_emb
         windows = isinstance(model, MistralForCausalLM) and getattr(model.config, "sliding_window", None)
         self.layers = nn.ModuleList()
-        for layer in core.layers:
-            self.layers.append(_FusedLayer(layer, windows or getattr(layer.self_attn, "sliding_window", None), kinds))
+        for i, layer in enumerate(core.layers):
+            window = windows or getattr(layer.self_attn, "sliding_window", None)
+            self.layers.append(_FusedLayer(layer, window, kinds, adapters, f"model.layers.{i}"))
             release(layer.modules(), kept=())
         self._norm, self._scale = _norm(core.norm, kinds)
         head = model.lm_head
@@ -99,19 +106,33 @@ class FusedDecoder(nn.Module):
         cos, sin = self._rotary(x, position_ids)
         half = cos.shape[-1] // 2
         turns = torch.complex(cos[0, :, :half], sin[0, :, :half]).unsqueeze(1)
+        is_adapted = self._step is not None and bool(self._step.names)
         for layer in self.layers:
-            x = layer(x, turns)
+            x = layer(x, turns, is_adapted)
         if not gives_hidden:
             return Output(self.head(self._norm(x[logits_to_keep])).unsqueeze(0))
         x = self._norm(x)
         return Output(self.head(x[logits_to_keep]).unsqueeze(0), x * self._scale)
 
 
+class _LayerLora(NamedTuple):
+    """What adapters add to the products of one layer; None where no adapter does."""
+
+    qkv: Lora | None = None
+    o: Lora | None = None
+    gate: Lora | None = None
+    up: Lora | None = None
+    down: Lora | None = None
+
+
+_BARE = _LayerLora()
+
+
 class _FusedLayer(nn.Module):
     fairserve: Attachment
     """Set by :func:`~fairserve.engine.attention.attach`."""
 
-    def __init__(self, layer: Any, window: int | None, kinds: Products) -> None:
+    def __init__(self, layer: Any, window: int | None, kinds: Products, adapters: Adapters | None, path: str) -> None:
         super().__init__()
         linear = kinds.linear
         attention, mlp = layer.self_attn, layer.mlp
@@ -144,14 +165,31 @@ class _FusedLayer(nn.Module):
             self._head_norm = torch.cat(
                 [q_scale[pairs].expand(self._heads, -1), k_scale[pairs].expand(kv_heads, -1)]
             ).contiguous()
-        self._mlp_norm, scale = _norm(layer.post_attention_layernorm, kinds)
+        self._mlp_norm, mlp_scale = _norm(layer.post_attention_layernorm, kinds)
         gate, up = mlp.gate_proj, mlp.up_proj
-        self._gated = kinds.gate(gate.weight * scale, gate.bias, up.weight * scale, up.bias)
+        self._gated = kinds.gate(gate.weight * mlp_scale, gate.bias, up.weight * mlp_scale, up.bias)
         self._down = linear(mlp.down_proj.weight, mlp.down_proj.bias)
+        self._lora = _BARE
+        if adapters is not None:
+            take, lora = adapters.take, adapters.lora
+            parts = [
+                arranged(take(f"{path}.self_attn.q_proj"), scale=scale, rows=q_rows),
+                arranged(take(f"{path}.self_attn.k_proj"), scale=scale, rows=k_rows),
+                arranged(take(f"{path}.self_attn.v_proj"), scale=scale),
+            ]
+            self._lora = _LayerLora(
+                qkv=lora(joined(parts, [q.out_features, k.out_features, v.out_features])),
+                o=lora(arranged(take(f"{path}.self_attn.o_proj"), columns=o_columns)),
+                gate=lora(arranged(take(f"{path}.mlp.gate_proj"), scale=mlp_scale)),
+                up=lora(arranged(take(f"{path}.mlp.up_proj"), scale=mlp_scale)),
+                down=lora(take(f"{path}.mlp.down_proj")),
+            )
 
-    def forward(self, x: Tensor, turns: Tensor) -> Tensor:
-        """``x`` [T, hidden], ``turns`` complex [T, 1, dim / 2]."""
-        rows = self._qkv(self._norm(x)).view(x.shape[0], -1, self._dim)
+    def forward(self, x: Tensor, turns: Tensor, is_adapted: bool) -> Tensor:
+        """``x`` [T, hidden], ``turns`` complex [T, 1, dim / 2]; ``is_adapted``: rows of the step belong to adapters."""
+        lora = self._lora if is_adapted else _BARE
+        normed = self._norm(x)
+        rows = _added(self._qkv(normed), lora.qkv, normed).view(x.shape[0], -1, self._dim)
         turned = rows[:, : self._turned]
         if self._head_norm is not None:
             turned.div_(_length(turned, self._head_eps)).mul_(self._head_norm)
@@ -163,9 +201,19 @@ class _FusedLayer(nn.Module):
             key, value = (t.transpose(0, 1).unsqueeze(0) for t in rows[:, self._heads :].chunk(2, dim=1))
             attachment.observer.saw(self, self.layer_idx, key, value, self._window)
         seen = cache.attend_rows(self.layer_idx, rows, self._heads, self._scale, self._window)
-        x = self._o.plus(seen, x)
-        y: Tensor = self._down.plus(self._gated(self._mlp_norm(x)), x)
-        return y
+        x = _added(self._o.plus(seen, x), lora.o, seen)
+        normed = self._mlp_norm(x)
+        if lora.gate is None and lora.up is None:
+            gated = self._gated(normed)
+        else:
+            gate, up = self._gated.parts(normed)
+            gated = functional.silu(_added(gate, lora.gate, normed)).mul_(_added(up, lora.up, normed))
+        return _added(self._down.plus(gated, x), lora.down, gated)
+
+
+def _added(y: Tensor, lora: Lora | None, x: Tensor) -> Tensor:
+    """The product ``y`` of ``x``, with what adapters add to it."""
+    return y if lora is None else lora.add(y, x)
 
 
 class _Norm(nn.Module):

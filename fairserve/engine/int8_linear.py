@@ -51,8 +51,13 @@ class Int8Gate(nn.Module):
         self._both = Int8Linear(torch.cat([gate, up]), torch.cat(known) if known else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self._both(x).chunk(2, dim=-1)
+        gate, up = self.parts(x)
         return functional.silu(gate).mul_(up)
+
+    def parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Both products as they are."""
+        gate, up = self._both(x).chunk(2, dim=-1)
+        return gate, up
 
 
 def quantised(rows: Tensor) -> tuple[Tensor, Tensor]:

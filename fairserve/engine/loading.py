@@ -15,7 +15,9 @@ from transformers.utils import logging as hf_logging
 
 from fairserve.config import EMBEDDED_MODEL, EngineConfig
 from fairserve.engine import cpu_linear, model_check
+from fairserve.engine.adapters import check_adapters, read_adapters
 from fairserve.engine.fused_decoder import FLOAT32, INT8, FusedDecoder, can_fuse
+from fairserve.engine.lora import Adapters
 from fairserve.errors import ModelError
 
 logger = logging.getLogger(__name__)
@@ -38,6 +40,7 @@ class LoadedModel:
     device: torch.device
     dtype: torch.dtype
     layers: dict[int, model_check.LayerShape]
+    adapters: Adapters | None = None
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -104,9 +107,14 @@ def prepare_model(
     weight = model.get_input_embeddings().weight
     device, dtype = weight.device, weight.dtype
     layers = model_check.check_model(model, name, device, dtype)
+    adapters, wanted = read_adapters(model, config.adapters, device, dtype) if config.adapters else (None, {})
     served = model
     if device.type == "cpu" and config.cpu_linear != "eager" and config.tensor_parallel_size == 1:
-        served = _pack(model, config, name, device, dtype)
+        served = _pack(model, config, name, device, dtype, adapters)
+    if adapters is not None:
+        adapters.attach(served)
+        is_rounded = served is not model and config.cpu_linear == "int8"
+        check_adapters(served, adapters, wanted, device, dtype, _INT8_TOLERANCE if is_rounded else None)
     return LoadedModel(
         model=served,
         tokenizer=tokenizer,
@@ -116,6 +124,7 @@ def prepare_model(
         device=device,
         dtype=dtype,
         layers=layers,
+        adapters=adapters,
     )
 
 
@@ -130,7 +139,14 @@ def _parts(model: str, config: EngineConfig) -> dict[str, Any]:
     return {"distributed_config": DistributedConfig(tp_size=config.tensor_parallel_size)}
 
 
-def _pack(model: Any, config: EngineConfig, name: str, device: torch.device, dtype: torch.dtype) -> Any:
+def _pack(
+    model: Any,
+    config: EngineConfig,
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    adapters: Adapters | None = None,
+) -> Any:
     """The model with the fastest products of those that were asked for; ``model`` itself or what takes its place."""
     wanted = config.cpu_linear
     if not (cpu_linear.can_pack() and dtype in (torch.float32, torch.bfloat16)):
@@ -146,7 +162,7 @@ def _pack(model: Any, config: EngineConfig, name: str, device: torch.device, dty
     if wanted == "packed":
         cpu_linear.pack(model)
     else:
-        model = FusedDecoder(model, INT8 if wanted == "int8" else FLOAT32)
+        model = FusedDecoder(model, INT8 if wanted == "int8" else FLOAT32, adapters)
     after = model_check.serve_again(model, device, dtype)
     complaint = f"{wanted} weights compute something else; set cpu_linear to {_SIMPLER[wanted]!r}"
     model_check.require_equal(before, after, name, dtype, complaint, _INT8_TOLERANCE if wanted == "int8" else None)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fairserve.engine.attention import NAME, Attachment, KVAttention, UnsupportedAttention, attach
 from fairserve.engine.attention_sdpa import SdpaAttention
 from fairserve.engine.batching import Chunk
+from fairserve.engine.lora import Adapters
 from fairserve.engine.runner import Runner
 from fairserve.engine.sampling import Sampler
 from fairserve.errors import ModelError
@@ -122,6 +123,8 @@ def _served_logits(
     dtype: torch.dtype,
     witness: _Witness,
     attention: type[KVAttention] = SdpaAttention,
+    adapters: Adapters | None = None,
+    adapter: str = "",
 ) -> Tensor:
     """Sequence a in two chunks and three decodes; sequence b, with scattered blocks, in two chunks beside it."""
     block_size = -(-_BLOCK // attention.block_size_multiple) * attention.block_size_multiple
@@ -130,13 +133,14 @@ def _served_logits(
     attachment = Attachment(cache)
     attachment.observer = witness
     attach(model, attachment)
-    runner = Runner(model, cache, block_size, device, Sampler(), _NUM_BLOCKS - 1)
+    runner = Runner(model, cache, block_size, device, Sampler(), _NUM_BLOCKS - 1, adapters)
     half, rest = _NUM_TOKENS // 2, _NUM_TOKENS - 3
     blocks_a, blocks_b = tuple(range(6)), (15, 7, 13, 9, 11, 8)
 
     def chunk(request_id: str, begin: int, end: int, samples: bool) -> Chunk:
         a = request_id == "a"
-        return Chunk(request_id, begin, tokens[begin:end], samples, blocks_a if a else blocks_b, 0 if a else None)
+        blocks, start = (blocks_a, 0) if a else (blocks_b, None)
+        return Chunk(request_id, begin, tokens[begin:end], samples, blocks, start, adapter)
 
     steps: list[tuple[list[Chunk], int]] = [
         ([chunk("a", 0, half, False)], 0),
@@ -149,11 +153,20 @@ def _served_logits(
 
 
 def serve_again(
-    model: Any, device: torch.device, dtype: torch.dtype, attention: type[KVAttention] = SdpaAttention
+    model: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: type[KVAttention] = SdpaAttention,
+    adapters: Adapters | None = None,
+    adapter: str = "",
 ) -> Tensor:
-    """The same run once more: with linears that were replaced, or through another attention."""
+    """The same run once more: with linears that were replaced, through another attention, or under an adapter."""
     tokens = tuple(7919 * (i + 3) % model.get_input_embeddings().weight.shape[0] for i in range(_NUM_TOKENS))
-    return _served_logits(model, tokens, device, dtype, _Witness(), attention)
+    try:
+        return _served_logits(model, tokens, device, dtype, _Witness(), attention, adapters, adapter)
+    finally:
+        if adapters is not None:
+            adapters.step.begin(())
 
 
 def _check_windows(config: Any, witness: _Witness, name: str) -> None:

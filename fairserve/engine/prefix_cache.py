@@ -1,11 +1,12 @@
 """What is in the KV blocks: a key for each full block, which block holds it, and which content is worth least.
 
-A key is a hash over the block's tokens and all before them, and over the scope that may share it (one client, if
-nothing else is configured: whether a prompt was seen before can be felt in the time to its first token). Two prompts
-share a block only where the keys are equal; the tokens are not compared. That is safe because the hash has 128 bits
-and is keyed with a secret of this engine, which no caller knows: nobody can search for a collision, and by chance one
-of a billion blocks has one with probability 1e-21. The router's hashes (``dispatch/prefixes.py``, the same chain) only
-guess where a prompt is known, so 64 bits without a secret serve there, not here.
+A key is a hash over the block's tokens and all before them, over the LoRA adapter that computes them, and over the
+scope that may share it (one client, if nothing else is configured: whether a prompt was seen before can be felt in the
+time to its first token). Two prompts share a block only where the keys are equal; the tokens are not compared. That is
+safe because the hash has 128 bits and is keyed with a secret of this engine, which no caller knows: nobody can search
+for a collision, and by chance one of a billion blocks has one with probability 1e-21. The router's hashes
+(``dispatch/prefixes.py``, the same chain) only guess where a prompt is known, so 64 bits without a secret serve there,
+not here.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ class BlockKeys:
 
     __slots__ = ("_block_size", "_chain", "_keys")
 
-    def __init__(self, secret: bytes, scope: str, block_size: int) -> None:
+    def __init__(self, secret: bytes, scope: str, block_size: int, adapter: str = "") -> None:
         """``secret``: at most 64 bytes."""
-        name = scope.encode()
-        # The length first: no scope's name and tokens together look like another scope's.
-        self._chain = HashChain(len(name).to_bytes(8, "little") + name, block_size, KEY_BYTES, secret)
+        # Their lengths first: no names and tokens together look like other names and tokens.
+        start = b"".join(len(name).to_bytes(8, "little") + name for name in (scope.encode(), adapter.encode()))
+        self._chain = HashChain(start, block_size, KEY_BYTES, secret)
         self._block_size = block_size
         self._keys: list[bytes] = []
 
@@ -65,8 +66,9 @@ class KeyMaker:
         self._scope: PrefixScope = scope
         self._block_size = block_size
 
-    def keys_for(self, client: str) -> BlockKeys:
-        return BlockKeys(self._secret, scope_of(client, self._scope), self._block_size)
+    def keys_for(self, client: str, adapter: str = "") -> BlockKeys:
+        """``adapter``: keys and values that it computed are of no use to others."""
+        return BlockKeys(self._secret, scope_of(client, self._scope), self._block_size, adapter)
 
 
 class PrefixCache:

@@ -95,6 +95,8 @@ class GenerateRequest:
     then, and all of them were charged there. None: it begins here."""
     pooling: Pooling | None = None
     """An embedding is asked for in place of output: the last hidden states of the prompt, pooled so."""
+    adapter: str = ""
+    """Name of the LoRA adapter (``EngineConfig.adapters``) that computes it; "" for the bare model."""
 
     @property
     def num_input(self) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fairserve.engine.attention import KVAttention, Span, StepLayout, slots_of
 from fairserve.engine.batching import Chunk, StepPlan
+from fairserve.engine.lora import Adapters
 from fairserve.engine.prompt_rows import PromptRows, last_hidden, scores
 from fairserve.engine.sampling import Sampled, Sampler
 
@@ -43,14 +44,17 @@ class Runner:
         device: torch.device,
         sampler: Sampler,
         spare_block: int,
+        adapters: Adapters | None = None,
     ) -> None:
-        """``spare_block``: a KV block that no request gets, see :meth:`is_sound`."""
+        """``spare_block``: a KV block that no request gets, see :meth:`is_sound`. ``adapters``: those that the model
+        has."""
         self.sampler = sampler
         self._model = model
         self._cache = cache
         self._block_size = block_size
         self._device = device
         self._spare_block = spare_block
+        self._adapters = adapters
         parameters = inspect.signature(model.forward).parameters
         self._selects_rows = "logits_to_keep" in parameters
         self._gives_hidden = "gives_hidden" in parameters
@@ -111,6 +115,10 @@ class Runner:
         self._cache.begin(
             StepLayout(tuple(spans[:num_decodes]), tuple(spans[num_decodes:]), self._tensor(slots).view(-1))
         )
+        if self._adapters is not None:
+            self._adapters.step.begin(
+                (chunk.adapter, span.row, span.count) for chunk, span in zip(chunks, spans, strict=True)
+            )
         kept = self._tensor(rows + scored).view(-1)
         selection: dict[str, Any] = {"logits_to_keep": kept} if self._selects_rows else {}
         if pooled and self._gives_hidden:
