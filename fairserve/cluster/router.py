@@ -145,7 +145,7 @@ class FairRouter(RequestRouter):
 
         if not self._prefix_block_tokens:
             return ()
-        return prefix_hashes(request.client, request.prompt_token_ids, self._prefix_block_tokens)
+        return prefix_hashes(request.client, request.prompt_token_ids, self._prefix_block_tokens, request.adapter)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None

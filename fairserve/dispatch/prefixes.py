@@ -30,10 +30,12 @@ class HashChain:
         return hashes
 
 
-def prefix_hashes(client: str, token_ids: Sequence[int], block_tokens: int) -> tuple[int, ...]:
+def prefix_hashes(client: str, token_ids: Sequence[int], block_tokens: int, adapter: str = "") -> tuple[int, ...]:
     """One 64-bit hash per whole block of a prompt, each covering all before it. Salted with the client: equal prompts
-    of two clients have nothing in common, for what is shared can be felt in the time to the first token."""
-    chain = HashChain(client.encode(), block_tokens, digest_size=8)
+    of two clients have nothing in common, for what is shared can be felt in the time to the first token. Nor have those
+    of two LoRA adapters: what one computed is of no use to the other."""
+    name = client.encode()
+    chain = HashChain(len(name).to_bytes(8, "little") + name + adapter.encode(), block_tokens, digest_size=8)
     return tuple(int.from_bytes(block, "little") for block in chain.extend(token_ids))
 
 

@@ -44,6 +44,13 @@ def test_equal_prompts_of_two_clients_have_nothing_in_common() -> None:
     assert prefix_hashes("ann", prompt, 16) == prefix_hashes("ann", tuple(prompt), 16)
 
 
+def test_equal_prompts_under_two_adapters_have_nothing_in_common() -> None:
+    prompt = list(range(64))
+    hashes = [prefix_hashes("ann", prompt, 16, adapter) for adapter in ("", "one", "two")]
+    assert len({block for one in hashes for block in one}) == sum(map(len, hashes))
+    assert prefix_hashes("ann", prompt, 16, "one") != prefix_hashes("annone", prompt, 16)
+
+
 def test_the_name_of_a_client_and_its_tokens_do_not_run_into_each_other() -> None:
     assert prefix_hashes("a", [1, 2], 1)[0] != prefix_hashes("a" + "\x01" + "\x00" * 7, [2], 1)[0]
 
