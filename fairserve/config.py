@@ -688,6 +688,15 @@ class FairServeArgs(ModelArgs):
     tracing: TracingConfig = TracingConfig()
 
     @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        models: tuple[ModelArgs, ...] = (self, *self.more_models)
+        names = [name for one in models for name in (one.model_name, *one.engine.adapters)]
+        for number, name in enumerate(names):
+            if name in names[:number]:
+                raise ValueError(f"two models, or LoRA adapters of models, are served as {name!r}: names must differ")
+        return self
+
+    @model_validator(mode="after")
     def _models_differ(self) -> Self:
         slots = [self.slot, *(one.slot for one in self.more_models)]
         for number, slot in enumerate(slots):

@@ -17,6 +17,7 @@ CODES = {
     "missing": "missing_required_parameter",
     "unknown_field": "unknown_parameter",
     "unsupported_field": "unsupported_parameter",
+    "unsupported_tool": "unsupported_value",
     **dict.fromkeys(
         (
             "int_type",
@@ -38,6 +39,7 @@ is one of OpenAI's codes itself."""
 OPENAI_CODES = {
     *CODES.values(),
     "array_above_max_length",
+    "previous_response_not_found",
     "object_above_max_properties",
     "property_name_above_max_length",
 }

@@ -97,10 +97,13 @@ class Chats:
         return self._format
 
 
-def fingerprint_of(args: FairServeArgs) -> str:
-    """``system_fingerprint``: changes with the model, the version, and every setting that can change an output."""
+def fingerprint_of(args: FairServeArgs, adapter: str = "") -> str:
+    """``system_fingerprint``, of the model or one of its LoRA adapters: changes with the model, the version, and every
+    setting that can change an output."""
     engine = args.engine.model_dump(
         include={"device", "dtype", "attention", "cpu_linear", "tensor_parallel_size", "max_model_len", "seed"}
     )
     told = [__version__, args.model, args.model_name, args.api.tool_format, engine]
+    if adapter:
+        told.append([adapter, args.engine.adapters[adapter]])
     return f"fp_{hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:10]}"

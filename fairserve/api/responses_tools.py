@@ -77,7 +77,7 @@ def check_kinds(tools: Any) -> None:
         kind = tool.get("type") if isinstance(tool, dict) else None
         if kind is not None and kind != "function":
             shown = repr(kind)[:MAX_NAME_CHARS]
-            raise refuse("unsupported_tool", f"{shown} is not supported: {ONLY_FUNCTIONS}", f"{i}.type")
+            raise refuse("unsupported_tool", f"{shown} is not supported: {ONLY_FUNCTIONS}", f"[{i}].type")
 
 
 @dataclass(frozen=True, slots=True)

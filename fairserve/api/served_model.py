@@ -57,14 +57,17 @@ class ServedModel:
         self.chats = Chats(args, tokenizer, self.prompts.conversations)
         self.max_model_len = max_model_len
         self.pooling = None if args.engine.pooling == "off" else args.engine.pooling
-        self.fingerprint = fingerprint_of(args)
+        self.adapters = {self.name: "", **{name: name for name in args.engine.adapters}}
+        """Names that clients ask for, the model's own first -> the LoRA adapter that is meant, "" for none."""
+        self.fingerprints = {name: fingerprint_of(args, adapter) for name, adapter in self.adapters.items()}
 
-    def entry(self, created_s: int) -> dict[str, Any]:
-        """Of /v1/models."""
+    def entry(self, name: str, created_s: int) -> dict[str, Any]:
+        """Of /v1/models, for one of its names."""
         return {
-            "id": self.name,
+            "id": name,
             "object": "model",
             "created": created_s,
             "owned_by": "fairserve",
             "max_model_len": self.max_model_len,
+            **({} if name == self.name else {"parent": self.name}),
         }

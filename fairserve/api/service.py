@@ -72,7 +72,9 @@ class OpenAIService:
         tracer: Tracer = NO_TRACING,
         clock: Clock | None = None,
     ) -> None:
-        self._models = {one.name: one for one in models}
+        self._models = tuple(models)
+        self._names = {name: one for one in models for name in one.adapters}
+        """What clients may ask for: models and their LoRA adapters."""
         self.model_name = models[0].name
         """Of the first one."""
         self.max_body_bytes = args.api.max_body_bytes
@@ -103,7 +105,7 @@ class OpenAIService:
 
     def models(self) -> list[dict[str, Any]]:
         """The entries of /v1/models."""
-        return [one.entry(self._started_s) for one in self._models.values()]
+        return [one.entry(name, self._started_s) for name, one in self._names.items()]
 
     def model(self, name: str) -> dict[str, Any]:
         """One of them.
@@ -111,14 +113,14 @@ class OpenAIService:
         Raises:
             UnknownModel: no model of this name is served.
         """
-        return self._served(name).entry(self._started_s)
+        return self._served(name).entry(name, self._started_s)
 
     async def health(self) -> dict[str, Any]:
         """The body of /health; ``ready``, which is true when any model is, decides between 200 and 503."""
-        models = await asyncio.gather(*map(_health_of, self._models.values()))
+        models = await asyncio.gather(*map(_health_of, self._models))
         body: dict[str, Any] = {**models[0], "ready": any(one["ready"] for one in models), "model": self.model_name}
         if len(models) > 1:
-            body["models"] = dict(zip(self._models, models, strict=True))
+            body["models"] = {one.name: health for one, health in zip(self._models, models, strict=True)}
         if self._identities.is_open:
             return body | {"mode": "open", "warning": OPEN_WARNING}
         return body | {"mode": "keyed"}
@@ -135,7 +137,7 @@ class OpenAIService:
     def meter(self, client: Client, model: str, trace: str = "") -> RequestMeter:
         """Begin to measure a request of this client for a model, which may not be known; ``trace``: the caller's
         traceparent."""
-        name = model if model in self._models else self.model_name
+        name = self._names[model].name if model in self._names else self.model_name
         span = self._tracer.begin(REQUEST, trace, client=client.name, model=name)
         return RequestMeter(self._metrics[name], client.name, span)
 
@@ -174,7 +176,7 @@ class OpenAIService:
             stream=body.stream,
             include_usage=body.include_usage,
             prompt_logprobs=body.prompt_logprobs,
-            fingerprint=served.fingerprint,
+            fingerprint=served.fingerprints[body.model],
             service_tier=tier if isinstance(body, ChatRequest) and body.service_tier else None,
         )
 
@@ -230,9 +232,9 @@ class OpenAIService:
         Raises:
             UnknownModel: no model of this name is served.
         """
-        if name not in self._models:
-            raise UnknownModel(name[:128], ", ".join(self._models))
-        return self._models[name]
+        if name not in self._names:
+            raise UnknownModel(name[:128], ", ".join(self._names))
+        return self._names[name]
 
     def _requests(
         self,
@@ -265,6 +267,7 @@ class OpenAIService:
                     trace=trace,
                     pooling=served.pooling if isinstance(body, EmbeddingRequest) else None,
                     budgets=client.budgets,
+                    adapter=served.adapters[body.model],
                 )
                 requests.append(request)
         return requests

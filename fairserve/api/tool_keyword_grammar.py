@@ -145,7 +145,7 @@ class KeywordGrammar:
             f"tools: {why}, so a call cannot be held to it in this model's way of calling ({self._format.name}): "
             "send tool_choice 'auto', and no response_format"
         )
-        return InvalidRequest(detail, param="tools", code="unsupported_field")
+        return InvalidRequest(detail, param="tools", code="unsupported_parameter")
 
 
 def moved(schema: Any, place: str) -> Any:

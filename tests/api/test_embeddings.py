@@ -67,7 +67,7 @@ async def test_an_input_is_charged_like_any_prompt_and_has_no_output(
 
 def embedding_client(backend: ScriptedBackend, make_service: ServiceMaker, pooling: str) -> Any:
     service = make_service()
-    service._models[service.model_name].pooling = None if pooling == "off" else pooling
+    service._models[0].pooling = None if pooling == "off" else pooling
     return http_of(app_of(service), authorization="Bearer alice")
 
 

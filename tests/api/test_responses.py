@@ -275,7 +275,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"truncation": "auto"}, "truncation", 'leave it out, or send "disabled"'),
     ({"conversation": "conv_1"}, "conversation", "send the whole conversation in 'input' instead"),
     ({"prompt": {"id": "pmpt_1"}}, "prompt", "'instructions' and 'input' instead"),
-    ({"include": ["everything"]}, "include.0", "'message.output_text.logprobs'"),
+    ({"include": ["everything"]}, "include[0]", "'message.output_text.logprobs'"),
     ({"include": "message.output_text.logprobs"}, "include", "valid list"),
     ({"top_logprobs": 2}, "top_logprobs", "'message.output_text.logprobs' in 'include'"),
     (LOGPROBS | {"top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),

@@ -270,7 +270,7 @@ async def test_a_tool_that_would_run_here_is_refused_by_its_type(
     http: httpx.AsyncClient, backend: ScriptedBackend, tool: dict[str, Any]
 ) -> None:
     error = error_of(await http.post(PATH, json=BODY | {"tools": [TOOLS[0], tool]}), 400)
-    assert (error["param"], error["code"]) == ("tools.1.type", "unsupported_tool")
+    assert (error["param"], error["code"]) == ("tools[1].type", "unsupported_value")
     assert repr(tool["type"]) in error["message"] and "'function'" in error["message"]
     assert backend.requests == []
 
@@ -278,11 +278,11 @@ async def test_a_tool_that_would_run_here_is_refused_by_its_type(
 @pytest.mark.parametrize(
     ("change", "param"),
     [
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools.0.function"),
-        ({"tools": [{"type": "function", "name": "a b"}]}, "tools.0.name"),
-        ({"tools": [{"type": "function", "name": "f", "parameters": []}]}, "tools.0.parameters"),
-        ({"tools": [{"type": "function", "name": "f", "defer_loading": True}]}, "tools.0.defer_loading"),
-        ({"tools": [{"name": "f"}]}, "tools.0.type"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools[0].function"),
+        ({"tools": [{"type": "function", "name": "a b"}]}, "tools[0].name"),
+        ({"tools": [{"type": "function", "name": "f", "parameters": []}]}, "tools[0].parameters"),
+        ({"tools": [{"type": "function", "name": "f", "defer_loading": True}]}, "tools[0].defer_loading"),
+        ({"tools": [{"name": "f"}]}, "tools[0].type"),
         ({"tools": [TOOLS[1], TOOLS[0], TOOLS[1]]}, "tools"),
         ({"tools": [TOOLS[1]] * 129}, "tools"),
         ({"tools": {"type": "function"}}, "tools"),
@@ -311,5 +311,5 @@ async def test_what_is_wrong_about_tools_is_named_as_this_route_has_it(
 async def test_a_template_without_tools_refuses_them(make_service: ServiceMaker) -> None:
     async with http_of(app_of(make_service(tokenizer=byte_tokenizer(tool_kit.TURNS), context=ROOM))) as http:
         error = error_of(await http.post(PATH, json=BODY), 400)
-    assert (error["param"], error["code"]) == ("tools", "unsupported_field")
+    assert (error["param"], error["code"]) == ("tools", "unsupported_parameter")
     assert "chat template" in error["message"]

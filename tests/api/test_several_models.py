@@ -26,7 +26,9 @@ from tests.api.scripted import ScriptedBackend, byte_tokenizer, words
 ARGS = FairServeArgs.model_validate(
     {
         "served_model_name": "small",
-        "more_models": [{"served_model_name": "org/big", "engine": {"pooling": "mean"}, "price": 4.0}],
+        "more_models": [
+            {"served_model_name": "org/big", "engine": {"pooling": "mean", "adapters": {"poet": "/a"}}, "price": 4.0}
+        ],
         "counter": {"store": None},
     }
 )
@@ -74,9 +76,9 @@ async def test_a_request_goes_to_the_model_that_it_names(house: House) -> None:
 
 async def test_what_differs_between_models_is_the_models_own(house: House) -> None:
     listed = [model async for model in house.client.models.list()]
-    assert [(one.id, one.max_model_len) for one in listed] == [("small", 100), ("org/big", 200)]  # type: ignore[attr-defined]
+    assert [(one.id, one.max_model_len) for one in listed] == [("small", 100), ("org/big", 200), ("poet", 200)]  # type: ignore[attr-defined]
     assert (await house.client.models.retrieve("org/big")).id == "org/big"
-    with pytest.raises(openai.NotFoundError, match="available: small, org/big") as error:
+    with pytest.raises(openai.NotFoundError, match="available: small, org/big, poet") as error:
         await house.client.models.retrieve("huge")
     assert error.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError, match="makes no embeddings"):
@@ -86,6 +88,16 @@ async def test_what_differs_between_models_is_the_models_own(house: House) -> No
     await house.client.completions.create(model="org/big", prompt="x" * 150)
     counted = await house.http.post("/tokenize", json={"prompt": "hi", "model": "org/big"})
     assert counted.json()["max_model_len"] == 200
+
+
+async def test_an_adapter_is_a_model_of_its_bases_replicas(house: House) -> None:
+    entry = await house.client.models.retrieve("poet")
+    assert (entry.id, entry.parent) == ("poet", "org/big")  # type: ignore[attr-defined]
+    bare = await house.client.completions.create(model="org/big", prompt="hi")
+    made = await house.client.completions.create(model="poet", prompt="hi")
+    assert [request.adapter for request in house.backends["org-big"].requests] == ["", "poet"]
+    assert made.model == "poet" and made.system_fingerprint != bare.system_fingerprint
+    assert house.metrics["org-big"].counters["fairserve_requests", "ann", "ok"] == 2
 
 
 async def test_health_is_of_every_model_and_one_that_is_ill_takes_none_with_it(house: House) -> None:

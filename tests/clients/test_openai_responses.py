@@ -105,7 +105,7 @@ def test_errors_are_the_packages_own(client: openai.OpenAI) -> None:
         client.responses.retrieve(client.responses.create(**ASK).id)
     with pytest.raises(openai.BadRequestError) as caught:
         client.responses.create(**ASK, tools=[{"type": "web_search"}])
-    assert (caught.value.param, caught.value.code) == ("tools.0.type", "unsupported_tool")
+    assert (caught.value.param, caught.value.code) == ("tools[0].type", "unsupported_value")
     with pytest.raises(openai.AuthenticationError):
         client.with_options(api_key="nobody").responses.create(**ASK)
 

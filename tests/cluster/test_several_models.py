@@ -111,8 +111,15 @@ def test_the_settings_of_one_of_several_models_are_those_of_one_served_alone() -
 @pytest.mark.parametrize("other", ["small", "sm/all", "sm all"])
 def test_two_models_of_one_name_or_slot_are_refused(other: str) -> None:
     first = "small" if other == "small" else "sm-all"
-    with pytest.raises(ValidationError, match="two models are served as"):
+    with pytest.raises(ValidationError, match="two models"):
         FairServeArgs.model_validate(settings(served_model_name=first, more_models=[{"served_model_name": other}]))
+
+
+@pytest.mark.parametrize("name", ["small", "big", "twice"])
+def test_an_adapter_takes_no_name_that_is_taken(name: str) -> None:
+    models = [{"served_model_name": "big", "engine": {"adapters": {"twice": "/a"}}}]
+    with pytest.raises(ValidationError, match=f"served as '{name}': names must differ"):
+        FairServeArgs.model_validate(settings(more_models=models, engine={"adapters": {name: "/b"}}))
 
 
 async def test_each_model_has_counters_and_a_queue_of_its_own() -> None:

@@ -50,7 +50,7 @@ async def test_completions_are_run_too(ingress: Ingress) -> None:
 @pytest.mark.parametrize(("pooling", "status"), [("mean", 200), (None, 400)])
 async def test_embeddings_are_run_too(ingress: Ingress, pooling: Any, status: int) -> None:
     service = ingress.batches._service
-    service._models[service.model_name].pooling = pooling
+    service._models[0].pooling = pooling
     ingress.backend.script = lambda request: [
         RequestOutput(
             request.request_id, "", (), Usage(1, 0, 0), finish_reason="length", embedding=struct.pack("<2f", 0.6, 0.8)
