@@ -327,7 +327,7 @@ async def test_what_a_call_cannot_be_held_to_is_told(make_service: ServiceMaker,
     backend.script = words("[f(a=1)]")
     async with http_of(app_of(make_service(tokenizer=byte_tokenizer(tool_kit.PYTHONIC), context=ROOM))) as http:
         error = await refused(http, GOOD | {"tools": [tool], "tool_choice": "required"})
-        assert (error["param"], error["code"]) == ("tools", "unsupported_field")
+        assert (error["param"], error["code"]) == ("tools", "unsupported_parameter")
         assert "'oneOf'" in error["message"]
         assert (await http.post(CHAT, json=GOOD | {"tools": [tool]})).status_code == 200
 
