@@ -31,6 +31,8 @@ class Job:
     """Choices per prompt."""
     stream: bool
     include_usage: bool
+    usage_in_chunks: bool = False
+    """Each chunk tells the usage until then (vLLM's ``continuous_usage_stats``)."""
     prompt_logprobs: int | None = None
     """Alternatives to list for each token of the prompt (vLLM's field), None to list nothing."""
     fingerprint: str = ""
@@ -66,6 +68,11 @@ class Answer(ABC):
             return None
         self._begun.add(index)
         return self._chunk(self._delta(index, self._apart(index, output), is_first))
+
+    @property
+    def usage_in_chunks(self) -> bool:
+        """Each chunk tells the usage until then, so no two are alike but for their text."""
+        return self._job.usage_in_chunks
 
     def _chunk(self, choice: Json) -> Json:
         chunk = self._envelope(self.chunk_object, [choice])

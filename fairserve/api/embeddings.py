@@ -39,6 +39,7 @@ class EmbeddingRequest(Body):
     n: ClassVar[int] = 1
     stream: ClassVar[bool] = False
     include_usage: ClassVar[bool] = False
+    usage_in_chunks: ClassVar[bool] = False
     metadata: ClassVar[None] = None
     asked_output: ClassVar[int] = 0
     prompt_logprobs: ClassVar[None] = None

@@ -133,6 +133,8 @@ class StreamOptions(Body):
     unsupported = {"include_obfuscation": (False,)}
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
+    """vLLM's: with ``include_usage``, each chunk tells the usage until then. Load generators count tokens by it."""
 
 
 class Function(Body):
@@ -327,6 +329,11 @@ class Sampled(Body):
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def usage_in_chunks(self) -> bool:
+        """Each chunk tells the usage until then."""
+        return self.include_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
 
     @property
     def asked_output(self) -> int | None:

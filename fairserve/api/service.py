@@ -175,6 +175,7 @@ class OpenAIService:
             n=body.n,
             stream=body.stream,
             include_usage=body.include_usage,
+            usage_in_chunks=body.usage_in_chunks,
             prompt_logprobs=body.prompt_logprobs,
             fingerprint=served.fingerprints[body.model],
             service_tier=tier if isinstance(body, ChatRequest) and body.service_tier else None,

@@ -95,10 +95,13 @@ class Events:
             # As at OpenAI, calls never come with their finish reason: the openai package would not end the last one.
             made, ending = replace(output, finish_reason=None), replace(output, text="", token_ids=(), logprobs=())
             return self.of_choice(index, made) + self.of_choice(index, ending)
-        is_plain = self._answer.has_plain_text and not output.logprobs and output.finish_reason is None
+        counts = self._answer.usage_in_chunks
+        is_plain = self._answer.has_plain_text and not (output.logprobs or output.finish_reason or counts)
         if is_plain and (frame := self._frames.get(index)) is not None:
             return f"{frame[0]}{_to_json(output.text)}{frame[1]}".encode() if output.text else b""
         chunk = self._answer.chunk(index, output)
+        if counts and chunk is not None:
+            chunk["usage"] = self._answer.usage({index: output})
         if is_plain and chunk is not None:
             marked = self._answer.chunk(index, replace(output, text=MARK))  # no longer the first of its choice
             before, mark, after = f"data: {_to_json(marked)}\n\n".partition(_to_json(MARK))

@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -173,3 +173,11 @@ async def settled(rounds: int = 20) -> None:
     """Let everything that can run now run."""
     for _ in itertools.repeat(None, rounds):
         await asyncio.sleep(0)
+
+
+class Pause(asyncio.Event):
+    """A step that lets out what came before it; outputs that are ready together are told as one."""
+
+    async def wait(self) -> Literal[True]:
+        await settled()
+        return True

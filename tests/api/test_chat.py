@@ -10,7 +10,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from fairserve.engine.request import GenerateRequest, RequestOutput, TokenLogprob, Usage
 from tests.api.conftest import CONTEXT, MODEL, ServiceMaker, app_of, http_of
-from tests.api.scripted import ScriptedBackend, byte_tokenizer, output, words
+from tests.api.scripted import Pause, ScriptedBackend, byte_tokenizer, output, words
 
 HI = [{"role": "user", "content": "hi"}]
 HI_TEXT = "<|user|>hi\n<|assistant|>"
@@ -247,6 +247,22 @@ async def test_include_usage_adds_a_last_chunk_without_choices(client: openai.As
     assert chunks[-1].usage is not None
     assert (chunks[-1].usage.prompt_tokens, chunks[-1].usage.completion_tokens) == (len(HI_TEXT), 2)
     assert all(chunk.usage is None and "usage" in chunk.model_fields_set for chunk in chunks[:-1])
+
+
+async def test_continuous_usage_is_in_each_chunk_what_its_choice_took_until_then(
+    client: openai.AsyncOpenAI, backend: ScriptedBackend
+) -> None:
+    backend.script = lambda request: ["a", Pause(), "b", Pause(), "", output(request, "c", 4, finish="stop")]
+    options: Any = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = await chunks_of(client, n=2, seed=0, stream_options=options)
+    for index in range(2):
+        usages = [chunk.usage for chunk in chunks for choice in chunk.choices if choice.index == index]
+        assert [one.completion_tokens for one in usages if one is not None] == [1, 2, 4]
+        assert {one.prompt_tokens for one in usages if one is not None} == {len(HI_TEXT)}
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 8
+    quiet: Any = {"continuous_usage_stats": True}
+    assert all("usage" not in chunk.model_fields_set for chunk in await chunks_of(client, stream_options=quiet))
 
 
 async def test_eight_choices_stream_side_by_side(client: openai.AsyncOpenAI, backend: ScriptedBackend) -> None:

@@ -5,7 +5,6 @@ is from bodies that people showed in public; where each was seen stands beside i
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -16,7 +15,7 @@ import openai
 import pytest
 
 from fairserve.errors import BudgetSpent, ClientQueueFull, ModelFailed, ReplicaFailed
-from tests.api.scripted import Step, settled
+from tests.api.scripted import Pause, Step
 from tests.api.served import API_KEY, Served
 
 CONTEXT = 20_000
@@ -383,13 +382,6 @@ RAISED = {
 }
 
 
-class Pause(asyncio.Event):
-    """A step that lets what came before it out: what fails before anything was sent gets a status of its own."""
-
-    async def wait(self) -> Any:
-        await settled()
-
-
 @pytest.fixture
 def failing(served: Served, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Make the model fail from now on, after some text."""
@@ -418,7 +410,7 @@ def test_a_failure_inside_a_stream_is_raised_with_its_code(
     client: openai.OpenAI, failing: Any, failure: Mistake
 ) -> None:
     # aaif-goose/goose#8027: OpenAI, vLLM and SGLang send {"error": ...} as an event's data. No status comes with it.
-    failing(RAISED[failure.name], "Hello", Pause())
+    failing(RAISED[failure.name], "Hello", Pause())  # what fails before anything was sent gets a status of its own
     stream = client.chat.completions.create(model="tiny", messages=HI, stream=True)
     chunks = iter(stream)
     assert next(chunks).choices[0].delta.content == "Hello"
