@@ -175,6 +175,7 @@ async def test_a_stream_has_the_events_of_each_item_one_after_the_other(
         mine = [event for event in events if getattr(event, "output_index", None) == index]
         added, done = mine[0].item, mine[-1].item
         assert added.status == "in_progress" and done == item
+        assert item.type != "message" or added.content == [], "its part is added by an event of its own"
         assert {event.item_id for event in mine[1:-1]} == {item.id} == {added.id}
         if item.type == "function_call":
             deltas = [event.delta for event in mine if event.type == "response.function_call_arguments.delta"]
