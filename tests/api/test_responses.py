@@ -354,3 +354,26 @@ async def test_limits_and_times_are_in_the_headers_here_too(client: openai.Async
     raw = await client.responses.with_raw_response.create(**BODY)
     assert "total;dur=" in raw.headers["server-timing"]
     assert raw.headers["x-fairserve-charged-tokens"] == str(raw.parse().usage.total_tokens)  # type: ignore[union-attr]
+
+
+async def test_a_real_model_says_what_it_says_in_a_chat_token_by_token(real_client: openai.AsyncOpenAI) -> None:
+    chat = await real_client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": "hi"}],
+        temperature=0,
+        max_tokens=12,
+        logprobs=True,
+        top_logprobs=2,
+    )
+    choice = chat.choices[0]
+    asked = BODY | LOGPROBS | {"temperature": 0, "max_output_tokens": 12}
+    answer = await real_client.responses.create(**asked)
+    events = [event async for event in await real_client.responses.create(**asked, stream=True)]
+    assert choice.logprobs is not None and choice.logprobs.content is not None
+    wanted = [(one.token, pytest.approx(one.logprob, abs=1e-4)) for one in choice.logprobs.content]
+    for whole in (answer, events[-1].response):  # type: ignore[union-attr]
+        strict(whole)
+        part: Any = whole.output[0].content[0]  # type: ignore[union-attr]
+        assert part.text == choice.message.content
+        assert [(one.token, one.logprob) for one in part.logprobs] == wanted
+        assert whole.status == ("incomplete" if choice.finish_reason == "length" else "completed")

@@ -208,6 +208,25 @@ async def test_an_empty_answer_is_a_message_without_text(http: httpx.AsyncClient
     assert events[-1].response.output_text == ""
 
 
+@pytest.mark.parametrize(
+    ("template", "said", "id_chars"),
+    [
+        (tool_kit.LLAMA, '{"name": "weather", "parameters": {"city": "Oslo"}}', 29),
+        (tool_kit.MISTRAL, '[TOOL_CALLS][{"name": "weather", "arguments": {"city": "Oslo"}}]', 9),
+    ],
+)
+async def test_the_template_says_how_calls_are_read_and_how_long_their_ids_are(
+    make_service: ServiceMaker, backend: ScriptedBackend, template: str, said: str, id_chars: int
+) -> None:
+    backend.script = words(*said)
+    async with http_of(app_of(make_service(tokenizer=byte_tokenizer(template), context=ROOM))) as http:
+        whole = answer_of(await http.post(PATH, json=BODY))
+        streamed = events_of(await http.post(PATH, json=BODY | {"stream": True}))[-1].response
+    for answer in (whole, streamed):
+        (call,) = answer.output
+        assert (call.name, call.arguments, len(call.call_id)) == ("weather", '{"city": "Oslo"}', id_chars)
+
+
 # -------------------------------------------------------------------------------------------------- the whole loop
 
 

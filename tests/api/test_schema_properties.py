@@ -89,7 +89,7 @@ OTHERS = st.dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(told=TOLD, others=OTHERS)
 def test_any_response_asked_for_is_a_chat_or_invalid_in_its_own_words(
     told: dict[str, Any], others: dict[str, Any]
