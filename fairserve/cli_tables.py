@@ -57,21 +57,39 @@ def clients(views: Iterable[ClientView]) -> Table:
     table = _table(
         "client", "weight", "waiting", "running", "oldest s", "wait s", "service/s", "service", "lead", "limits"
     )
-    for view in views:
+    shown = list(views)
+    for view in shown:
         style = "yellow" if view.is_paused else ""
         cells = [f"{view.weight:g}", f"{view.waiting:,}", f"{view.running:,}"]
         cells += [f"{view.oldest_wait_s:.1f}", f"{view.mean_wait_s:.1f}", f"{view.service_per_s:,.1f}"]
-        _row(table, [view.name, *cells, f"{view.service:,.0f}", f"{view.lead:,.0f}", limits(view)], style)
+        _row(
+            table,
+            [view.name, *cells, f"{view.service:,.0f}", f"{view.lead:,.0f}", limits(view, len(shown) == 1)],
+            style,
+        )
     return table
 
 
-def limits(view: ClientView) -> str:
-    """What was set live for this client, but for its weight, and its budgets."""
+def limits(view: ClientView, is_alone: bool) -> str:
+    """What was set live for this client, but for its weight, and its budgets; beside others the one that is passed, or
+    nearest to it."""
     words = ["paused"] if view.is_paused else []
     words += [f"waiting <= {view.max_waiting}"] if view.max_waiting is not None else []
     words += [f"{view.requests_per_min} a minute"] if view.requests_per_min is not None else []
-    words += [f"{one.used:,} of {_most(one)} tokens a {one.window} ({one.of})" for one in view.budgets]
+    if is_alone:
+        words += [f"{one.used:,} of {_most(one)} tokens a {one.window} ({one.of})" for one in view.budgets]
+    elif view.budgets:
+        nearest = max(view.budgets, key=_use)
+        passed, part = _use(nearest)
+        words.append(f"{(f'{part:.0%} of', 'past the soft', 'spent the')[passed]} {nearest.window} ({nearest.of})")
     return ", ".join(words)
+
+
+def _use(budget: BudgetView) -> tuple[int, float]:
+    """2 where it is spent, 1 where its soft mark is passed, else 0; then the part of it that is used."""
+    hard, soft, used = budget.hard, budget.soft, budget.used
+    level = 2 if hard is not None and used >= hard else 1 if soft is not None and used >= soft else 0
+    return level, used / (hard or soft or 1)
 
 
 def _most(budget: BudgetView) -> str:

@@ -82,7 +82,7 @@ class ClientView(View):
     last_active_s: float | None = None
     """Unix time at which it last had a request; null: not since this actor began."""
     budgets: tuple[BudgetView, ...] = ()
-    """That hold for it, its groups' too; only where one client is asked for."""
+    """That hold for it, its groups' too."""
 
 
 class CounterView(View):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from fairserve import cli, cli_admin, client, views
+from fairserve import cli, cli_admin, cli_tables, client, views
 from fairserve.client import Connection
 from fairserve.errors import CounterUnreachable
 from tests.api.fake_counter import FakeCounter
@@ -257,6 +257,26 @@ def test_usage_is_exported_as_csv_or_json(desk: Desk, tmp_path: Path, capsys: py
     assert "\nacme/research/ann,2026-11-21T23:00:00Z,3,100,40" in capsys.readouterr().out
     assert run("usage", "export", "--from", "2026-11-22", "--to", "2026-11-20") == 2
     assert "--to 2026-11-20 lies before --from 2026-11-22" in capsys.readouterr().err
+
+
+def test_of_several_clients_the_budget_is_shown_that_is_passed_or_nearest_to_it() -> None:
+    def view(name: str, *budgets: tuple[str, int, int | None, int | None]) -> views.ClientView:
+        rows = [
+            {"of": name, "window": window, "used": used, "soft": soft, "hard": hard, "promised": 0, "resets_s": 0}
+            for window, used, soft, hard in budgets
+        ]
+        zeros = {field: 0 for field, about in views.ClientView.model_fields.items() if about.is_required()}
+        return views.ClientView.model_validate(zeros | {"name": name, "budgets": rows})
+
+    told_of = [
+        view("ann", ("day", 30, None, 100), ("month", 900, None, 1_000)),
+        view("bob", ("minute", 99, None, 100), ("day", 80, 80, 1_000)),
+        view("eve", ("day", 81, 80, 1_000), ("month", 1_000, None, 1_000)),
+        view("zoe"),
+    ]
+    told = [cli_tables.limits(one, is_alone=False) for one in told_of]
+    assert told == ["90% of month (ann)", "past the soft day (bob)", "spent the month (eve)", ""]
+    assert cli_tables.limits(told_of[0], is_alone=True).startswith("30 of 100 tokens a day (ann), 900 of 1,000")
 
 
 def test_budgets_are_set_word_by_word(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:

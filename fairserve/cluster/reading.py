@@ -113,8 +113,7 @@ class Reading:
         dispatcher = self._dispatcher()
         if name not in dispatcher.queue.table or name.endswith("/"):
             raise UnknownClient(name)
-        view = client_view(Moment(dispatcher, self._clock_s(), self._offset_s, (), moment.least), name)
-        return view | {"budgets": dispatcher.budgets.views(name)}
+        return client_view(Moment(dispatcher, self._clock_s(), self._offset_s, (), moment.least), name)
 
     async def history(self, clients: Sequence[str], since_s: float = 0, resolution_s: int = 1) -> Values:
         """As ``views.History``. A client that is not kept has nulls throughout.

@@ -81,6 +81,7 @@ def client_view(moment: Moment, client: str) -> Values:
         "num_output": totals.num_output,
         "num_refused": recent.num_refused.get(client, 0),
         "last_active_s": None if seen_s is None else seen_s + moment.unix_offset_s,
+        "budgets": dispatcher.budgets.views(client),
     }
 
 

@@ -13,6 +13,7 @@ from fairserve.clock import VirtualClock
 from fairserve.cluster.counter_service import CounterService
 from fairserve.cluster.reading import ORDERS, About, Reading, told
 from fairserve.config import FairServeArgs
+from fairserve.dispatch.controls import Control
 from fairserve.dispatch.overview import client_view, look
 from fairserve.dispatch.pages import SLICE
 from fairserve.errors import InvalidRequest, UnknownClient
@@ -62,6 +63,32 @@ class Room:
 @pytest.fixture
 def room() -> Room:
     return Room(Size(300, 200, 2))
+
+
+async def test_budgets_are_told_of_the_clients_that_are_shown_and_of_no_others(
+    room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room.serve()
+    await room.live(2)
+    reading, budgets = room.reading, room.crowd.dispatcher.budgets
+    asked: list[str] = []
+    views = budgets.views
+
+    def listening(client: str) -> list[dict[str, Any]]:
+        asked.append(client)
+        return views(client)
+
+    monkeypatch.setattr(budgets, "views", listening)
+    busiest = (await reading.overview(3))["clients"][0]["name"]
+    assert (busiest in asked, len(asked)) == (True, 3)
+    room.crowd.dispatcher.control(busiest, Control(budgets={"day": {"soft": 1, "hard": 10**9}}), room.crowd.now_s)
+    await room.live(2)
+    shown = {client.name: client.budgets for client in Overview.model_validate(await reading.overview(3)).clients}
+    (budget,) = shown.pop(busiest)
+    assert (budget.window, budget.soft, budget.hard, budget.of) == ("day", 1, 10**9, busiest)
+    assert not any(shown.values())
+    page = ClientPage.model_validate(await reading.clients(search=busiest))
+    assert [client.budgets for client in page.clients if client.name == busiest] == [(budget,)]
 
 
 async def test_every_answer_has_the_shape_that_was_promised(room: Room) -> None:

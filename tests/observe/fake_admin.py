@@ -33,6 +33,7 @@ class Client:
     is_paused: bool = False
     rate_before: float | None = None
     """Service/s before the flood; None: the same."""
+    budgets: tuple[views.BudgetView, ...] = ()
 
 
 @dataclass
@@ -77,6 +78,7 @@ class Scene:
             num_output=int(service / 3),
             num_refused=12 if client.waiting > 100 else 0,
             last_active_s=now_s if client.rate else None,
+            budgets=client.budgets,
         )
 
     def service(self, client: Client, at_s: float) -> float:
@@ -211,6 +213,12 @@ class Scene:
         return None
 
 
+def budget(of: str, window: str, used: int, *, ends_s: float, **more: Any) -> views.BudgetView:
+    return views.BudgetView.model_validate(
+        {"of": of, "window": window, "used": used, "promised": 120, "resets_s": ends_s, **more}
+    )
+
+
 def noise(name: str, at_s: float) -> float:
     """Between -1 and 1, smooth over some seconds and the same for the same moment."""
     phase = sum(map(ord, name)) % 60
@@ -236,11 +244,15 @@ def scene(kind: str, now_s: Callable[[], float], *, uptime_s: float = 5400.0) ->
         (434.0, "lost", "fairserve#Model#q7x2m9k2 has not reported for 10 s", 1),
         (520.0, "changed", "ops set the weight of acme/research/ann from 1 to 2", 1),
     ]
+    ends = {"ends_s": now_s() + 3 * 3_600}
+    acme = budget("acme", "month", 41_000_000, hard=50_000_000, is_group=True, **ends)
+    spent = budget("greedy", "day", 1_000_400, soft=800_000, hard=1_000_000, **ends)
+    soft = budget("acme/research/ann", "day", 850_000, soft=800_000, hard=1_000_000, **ends)
     flood = [
-        Client("greedy", 402, waiting=236, running=5, wait_s=48, lead=900, rate_before=0),
+        Client("greedy", 402, waiting=236, running=5, wait_s=48, lead=900, rate_before=0, budgets=(spent,)),
         Client("modest", 398, waiting=9, running=5, wait_s=2.1, lead=420, rate_before=440),
-        Client("acme/research/ann", 801, waiting=21, running=9, weight=2, wait_s=3.4, lead=640, rate_before=830),
-        Client("acme/sales/eve", 396, waiting=7, running=4, wait_s=1.7, lead=220, rate_before=530),
+        Client("acme/research/ann", 801, 21, 9, weight=2, wait_s=3.4, lead=640, rate_before=830, budgets=(acme, soft)),
+        Client("acme/sales/eve", 396, waiting=7, running=4, wait_s=1.7, lead=220, rate_before=530, budgets=(acme,)),
         Client("zoe", 61, running=1, wait_s=0.1, lead=80),
         Client("batch-jobs", 0),
     ]

@@ -14,7 +14,17 @@ from fastapi import FastAPI
 from fairserve.observe import dashboard
 from fairserve.observe.dashboard import serving
 
-SCRIPTS = ("main.js", "charts.js", "clients.js", "store.js", "panels.js", "theme.js", "style.css", "icon.svg")
+SCRIPTS = (
+    "main.js",
+    "charts.js",
+    "clients.js",
+    "budgets.js",
+    "store.js",
+    "panels.js",
+    "theme.js",
+    "style.css",
+    "icon.svg",
+)
 
 
 @pytest.fixture(scope="module")

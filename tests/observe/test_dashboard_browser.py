@@ -247,6 +247,41 @@ def test_the_table_sorts_by_keyboard_and_says_so(show: Show) -> None:
     expect(page.locator("th[aria-sort=ascending]")).to_contain_text("Waiting")
 
 
+def test_budgets_that_are_passed_are_told_in_words_and_shown_in_the_details(show: Show) -> None:
+    page = show("flood")
+
+    def told(name: str) -> str:
+        row = page.locator("#clients-table tr", has=page.get_by_role("button", name=name, exact=True))
+        return row.locator(".budget").inner_text().replace("\u00a0", " ")
+
+    told_of = {name: told(name) for name in ("greedy", "acme/research/ann", "acme/sales/eve", "zoe")}
+    assert told_of == {
+        "greedy": "spent, day",
+        "acme/research/ann": "soft passed, day",
+        "acme/sales/eve": "82 % month",
+        "zoe": "–",
+    }
+    page.locator("#clients-table").get_by_role("button", name="Budget").click()
+    expect(page.locator("#clients-table tbody tr").first).to_contain_text("greedy")
+    page.get_by_role("button", name="acme/research/ann").click()
+    budgets = page.locator("#detail-budgets li")
+    expect(budgets).to_have_count(2)
+    expect(budgets.nth(0)).to_contain_text("A month, all of acme")
+    expect(budgets.nth(1)).to_contain_text(
+        re.compile("soft passed.*850K tokens used, 120 promised; soft 800K, hard 1M")
+    )
+    expect(budgets.nth(1).get_by_role("meter")).to_have_attribute("aria-valuenow", "85")
+    keep(page, "budgets")
+    page.keyboard.press("Escape")
+    page.get_by_role("button", name="zoe").click()
+    expect(page.locator("#detail-facts")).to_contain_text("Counter")
+    expect(page.locator("#detail-budgets")).to_be_hidden()
+
+
+def test_where_nobody_has_a_budget_there_is_no_column_for_it(show: Show) -> None:
+    expect(show("quiet").locator("th.budget")).to_be_hidden()
+
+
 def test_a_paused_page_stands_still(show: Show, stage: Stage) -> None:
     page = show("flood")
     page.get_by_role("button", name="Pause", exact=True).click()

@@ -1,6 +1,7 @@
 // The table of clients: the busiest of the overview, or, for a search, another order or another page, what /clients says.
 
 import { get } from "./api.js";
+import { budgetRank, budgetText, budgetTone, hasBudget } from "./budgets.js";
 import { stateOf } from "./derive.js";
 import { byId, element, num, percent, seconds, setText, shown } from "./format.js";
 
@@ -18,6 +19,7 @@ const COLUMNS = [
   { key: "lead", label: "Lead", order: "lead", text: ({ lead }) => num(lead), rank: "low" },
   { key: "service", label: "Received", order: "service", text: ({ service }) => num(service), rank: "low" },
   { key: "num_refused", label: "Refused", text: (client) => num(client.num_refused), rank: "low" },
+  { key: "budget", label: "Budget", value: budgetRank, text: budgetText, tone: budgetTone, rank: "low budget" },
 ];
 
 export class ClientTable {
@@ -134,6 +136,7 @@ export class ClientTable {
       row.remove();
       this.#rows.delete(name);
     }
+    this.#table.classList.toggle("unbounded", !list.some(hasBudget));
     const focused = document.activeElement;
     list.forEach((client, i) => {
       let row = this.#rows.get(client.name);
@@ -179,6 +182,10 @@ export class ClientTable {
     const [word, kind] = stateOf(client);
     setText(row.cells[1].firstChild, word);
     row.cells[1].firstChild.className = `chip ${kind}`;
-    for (let i = 2; i < COLUMNS.length; i += 1) setText(row.cells[i], COLUMNS[i].text(client, serviceAll));
+    for (let i = 2; i < COLUMNS.length; i += 1) {
+      const { text, tone, rank } = COLUMNS[i];
+      setText(row.cells[i], text(client, serviceAll));
+      if (tone) row.cells[i].className = `number ${rank} ${tone(client)}`.trim();
+    }
   }
 }

@@ -1,6 +1,7 @@
 // One client's details and, for who has an admin key, its live controls.
 
 import { changeClient, getClient, hasKey } from "./api.js";
+import { showBudgets } from "./budgets.js";
 import { chip } from "./panels.js";
 import { stateOf } from "./derive.js";
 import { byId, clock, element, num, percent, seconds, setText, shown } from "./format.js";
@@ -41,6 +42,8 @@ export class Detail {
     setText(byId("detail-name"), shown(name));
     byId("detail-state").replaceChildren();
     byId("detail-facts").replaceChildren();
+    byId("detail-budgets").replaceChildren();
+    byId("detail-budgets").hidden = true;
     byId("controls").open = false;
     byId("weight").value = "";
     byId("detail-pin").checked = this.pins.has(name);
@@ -98,6 +101,7 @@ export class Detail {
       list.replaceChildren(...facts.map(([label]) => element("div", {}, element("dt", {}, label), element("dd"))));
     }
     facts.forEach(([, value], i) => setText(list.children[i].lastChild, value));
+    showBudgets(client, overview.time_s);
     setText(byId("hold"), client.is_paused ? "Resume this client" : "Pause this client");
     const field = byId("weight");
     if (document.activeElement !== field && !field.value) field.value = String(client.weight);
