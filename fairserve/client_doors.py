@@ -135,15 +135,16 @@ class HttpDoor:
     def ask(self, method: str, **arguments: Any) -> Any:
         if method == "export_counters":
             raise InvalidRequest(NOT_OVER_HTTP)
+        which = {"model": arguments["model"]} if "model" in arguments else {}
         if method == "client":
-            which = {"model": arguments["model"]} if "model" in arguments else {}
             return self._send("GET", _client_path(arguments["name"]), arguments, params=which)
         if method == "usage":
             query = {"from": date_of(arguments["first_day"]), "to": date_of(arguments["last_day"])}
-            return {"views": self._send("GET", "/usage", arguments, params=query)}
+            return {"views": self._send("GET", "/usage", arguments, params=query | which)}
         if method == "usage_by_hour":
             first, last = (date_of(arguments[name] // HOURS) for name in ("first_hour", "last_hour"))
-            return {"views": self._send("GET", "/usage", arguments, params={"from": first, "to": last, "by": "hour"})}
+            query = {"from": first, "to": last, "by": "hour"}
+            return {"views": self._send("GET", "/usage", arguments, params=query | which)}
         names = {"clients": "client", "since_s": "since", "resolution_s": "resolution"}
         names |= {"after_seq": "after", "before_seq": "before"}
         query = {names.get(name, name): value for name, value in arguments.items() if value is not None}

@@ -318,3 +318,4 @@ class UsageView(View):
     output_tokens: int
     service: float
     """In units of the cost function."""
+    model: str = ""

@@ -249,7 +249,7 @@ def test_usage_is_exported_as_csv_or_json(desk: Desk, tmp_path: Path, capsys: py
     assert run("usage", "export", *days) == 0
     heading, first, *_ = capsys.readouterr().out.splitlines()
     assert heading.startswith("client,period_start,requests,input_tokens")
-    assert first == "acme/research/ann,2026-11-20T00:00:00Z,3,100,40,50,200.0"
+    assert first == "acme/research/ann,2026-11-20T00:00:00Z,3,100,40,50,200.0,fake"
     file = tmp_path / "usage.json"
     assert run("usage", "export", str(file), "--format", "json", *days) == 0
     assert json.loads(file.read_text())[0]["client"] == "acme/research/ann"

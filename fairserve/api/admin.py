@@ -180,9 +180,10 @@ def _add_reads(app: FastAPI, provider: Callable[[], AdminService]) -> None:
         first: Annotated[date | None, Query(alias="from", description="Default: the first of the month")] = None,
         last: Annotated[date | None, Query(alias="to", description="Inclusive; default: today")] = None,
         by: Annotated[UsagePeriod, Query(description="hour: of the days for which hours are kept")] = "day",
+        model: Annotated[str, Query(max_length=200, description="Default: all, each with rows of its own")] = "",
     ) -> list[UsageView]:
         """What each client used, by day of UTC, or by hour."""
-        found = await provider().usage(first, last, by)
+        found = await provider().of(model).usage(first, last, by)
         if form == "json":
             return found
         return Response(as_csv(found), media_type="text/csv")  # type: ignore[return-value]  # FastAPI sends it as it is

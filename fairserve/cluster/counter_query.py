@@ -94,7 +94,7 @@ class CounterQuery:
         return typed(History, await self._read("history", **arguments))
 
     async def usage(self, first: date, last: date, by: UsagePeriod = "day") -> list[UsageView]:
-        """By day (UTC), or by hour, and client.
+        """Of every model, unless this asks about one; by day (UTC), or by hour, and client.
 
         Raises:
             InvalidRequest: ``by`` hour, and no hours are kept.

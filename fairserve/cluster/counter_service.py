@@ -36,6 +36,8 @@ from fairserve.fairness.hierarchy import is_group
 
 logger = logging.getLogger(__name__)
 
+UsagePage = tuple[list[tuple[Any, ...]], int | None]
+"""Rows of whole days, or hours, and the one to ask for next."""
 USAGE_PAGE = 2_000
 """Rows of usage in one answer, and those that its last day has beyond."""
 
@@ -161,8 +163,9 @@ class CounterService:
         return await self._of(model).reading.events(after_seq, limit)
 
     async def usage(self, first_day: int, last_day: int, model: str = "") -> dict[str, Any]:
-        """What clients used on UTC days since 1970; see :meth:`UsageBook.page`."""
-        rows, next_day = self._of(model).usage.page(first_day, last_day, USAGE_PAGE)
+        """What clients used on UTC days since 1970, of all models where none is named; see :meth:`UsageBook.page`. Each
+        row ends with the name of its model."""
+        rows, next_day = self._usage(model, lambda book: book.page(first_day, last_day, USAGE_PAGE))
         return {"rows": rows, "next_day": next_day}
 
     async def usage_by_hour(self, first_hour: int, last_hour: int, model: str = "") -> dict[str, Any]:
@@ -171,11 +174,20 @@ class CounterService:
         Raises:
             InvalidRequest: none are kept.
         """
-        usage = self._of(model).usage
-        if usage.keep_hour_days == 0:
+        if self._config.usage_hour_days == 0:
             raise InvalidRequest("usage is not kept by hour here: counter.usage_hour_days is 0", param="by")
-        rows, next_hour = usage.hour_page(first_hour, last_hour, USAGE_PAGE)
+        rows, next_hour = self._usage(model, lambda book: book.hour_page(first_hour, last_hour, USAGE_PAGE))
         return {"rows": rows, "next_hour": next_hour}
+
+    def _usage(self, model: str, page: Callable[[UsageBook], UsagePage]) -> UsagePage:
+        self._tick_all()
+        pages = [
+            (one.authority.args.model_name, *page(one.usage))
+            for one in ([self._of(model)] if model else self._models.values())
+        ]
+        following = min((then for _, _, then in pages if then is not None), default=None)
+        rows = [(*row, name) for name, rows, _ in pages for row in rows if following is None or row[0] < following]
+        return sorted(rows), following
 
     async def demand(self, model: str = "") -> Demand:
         """The work of the whole cluster, for autoscaling."""

@@ -146,14 +146,14 @@ class FakeCounter:
         """Each client's same row on each day, two days at a time."""
         await self._called("usage")
         days = list(range(first_day, min(last_day, first_day + 2) + 1))
-        rows = [(day, name, 3, 100, 40, 50, 200.0) for day in days[:2] for name in sorted(self.rows)]
+        rows = [(day, name, 3, 100, 40, 50, 200.0, "fake") for day in days[:2] for name in sorted(self.rows)]
         return {"rows": rows, "next_day": days[2] if len(days) > 2 else None}
 
     async def usage_by_hour(self, first_hour: int, last_hour: int) -> Dict:
         """Each client's same row in each hour, ten hours at a time."""
         await self._called("usage_by_hour")
         hours = list(range(first_hour, min(last_hour, first_hour + 10) + 1))
-        rows = [(hour, name, 3, 100, 40, 50, 200.0) for hour in hours[:10] for name in sorted(self.rows)]
+        rows = [(hour, name, 3, 100, 40, 50, 200.0, "fake") for hour in hours[:10] for name in sorted(self.rows)]
         return {"rows": rows, "next_hour": hours[10] if len(hours) > 10 else None}
 
     async def events(self, after_seq: int = 0, limit: int = 200) -> list[Dict]:

@@ -261,7 +261,7 @@ async def test_the_openapi_description_is_valid_and_complete(house: House) -> No
         assert operation["description"] and operation["security"] == [{"adminKey": []}]
         assert {"401", "403", "503", "default"} <= set(operation["responses"])
         assert "422" not in operation["responses"], "this API answers 400"
-    assert len({operation["operationId"] for operation in operations}) == 15
+    assert len({operation["operationId"] for operation in operations}) == 16
     assert "ClientView" in description["components"]["schemas"]
 
 
@@ -300,8 +300,8 @@ async def test_usage_as_csv_is_the_same_rows_with_a_heading(house: House) -> Non
     answer = await house.get("/usage", format="csv", **query)
     assert answer.headers["content-type"] == "text/csv; charset=utf-8"
     lines = answer.text.split("\r\n")
-    assert lines[0] == "client,period_start,requests,input_tokens,cached_tokens,output_tokens,service"
-    assert lines[1] == "acme/research/ann,2026-11-20T00:00:00Z,3,100,40,50,200.0"
+    assert lines[0] == "client,period_start,requests,input_tokens,cached_tokens,output_tokens,service,model"
+    assert lines[1] == "acme/research/ann,2026-11-20T00:00:00Z,3,100,40,50,200.0,fake"
     assert len(lines) == 2 + len((await house.get("/usage", **query)).json()) == 2 + 3 * len(house.counter.rows)
 
 

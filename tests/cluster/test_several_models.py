@@ -257,8 +257,9 @@ async def test_a_budget_is_of_all_models_together() -> None:
     reply = await scene.wait("big", "ann", budgets=budgets)
     assert isinstance(reply.refusals[0].error, BudgetSpent)
     assert reply.refusals[0].error.fields["used"] == 180
-    usage = [(await scene.service.usage(0, 30_000, model=model))["rows"] for model in ("", "big")]
-    assert [row[5] for rows in usage for row in rows] == [120, 60], "and usage is told by model"
+    rows = (await scene.service.usage(0, 30_000))["rows"]
+    assert [(row[5], row[-1]) for row in rows] == [(60, "big"), (120, "small")], "and usage is told by model"
+    assert (await scene.service.usage(0, 30_000, model="big"))["rows"] == rows[:1]
     scene.service.end()
 
 

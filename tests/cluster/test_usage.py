@@ -16,6 +16,8 @@ from fairserve.dispatch.router_book import RouterBook
 from fairserve.errors import BudgetSpent, InvalidRequest
 from tests.cluster.scripted import Wire
 
+MODEL = FairServeArgs().model_name
+
 NOON = 20_000 * 86_400 + 43_200.0
 CONFIG = CounterConfig(call_timeout_s=1.0, poll_s=0.05)
 
@@ -43,7 +45,10 @@ async def test_usage_goes_on_in_the_next_life_exactly(tmp_path: Path) -> None:
     await first.report(report(2, 7))  # and nobody saves that
     second = service_at(tmp_path / "c.sqlite")
     await second.report(report(3, 8, epoch=first.dispatcher.epoch))
-    assert await second.usage(20_000, 20_000) == {"rows": [(20_000, "acme/ann", 0, 10, 4, 8, 26.0)], "next_day": None}
+    assert await second.usage(20_000, 20_000) == {
+        "rows": [(20_000, "acme/ann", 0, 10, 4, 8, 26.0, MODEL)],
+        "next_day": None,
+    }
 
 
 async def test_usage_by_hour_goes_on_in_the_next_life_and_sums_up_to_the_day(tmp_path: Path) -> None:
@@ -52,11 +57,11 @@ async def test_usage_by_hour_goes_on_in_the_next_life_and_sums_up_to_the_day(tmp
     await saved(first)
     await first.report(report(2, 7))  # and nobody saves that
     second = service_at(tmp_path / "c.sqlite")
-    second._authority.usage.turn(NOON + 3_600)
+    second.main.usage.turn(NOON + 3_600)
     await second.report(report(3, 8, epoch=first.dispatcher.epoch))
-    rows = [(hour, "acme/ann", 0, 10, 4, 5, 20.0), (hour + 1, "acme/ann", 0, 0, 0, 3, 6.0)]
+    rows = [(hour, "acme/ann", 0, 10, 4, 5, 20.0, MODEL), (hour + 1, "acme/ann", 0, 0, 0, 3, 6.0, MODEL)]
     assert await second.usage_by_hour(0, hour + 1) == {"rows": rows, "next_hour": None}
-    assert (await second.usage(20_000, 20_000))["rows"] == [(20_000, "acme/ann", 0, 10, 4, 8, 26.0)]
+    assert (await second.usage(20_000, 20_000))["rows"] == [(20_000, "acme/ann", 0, 10, 4, 8, 26.0, MODEL)]
 
 
 async def test_usage_by_hour_is_refused_where_none_is_kept(tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ class Scene:
     key: str | None = None
     """Asked for by every read; None: everybody may read."""
     num_replicas: int = 3
+    models: tuple[str, ...] = ("tiny",)
     requests: list[str] = field(default_factory=list)
     changes: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
 
@@ -317,6 +318,10 @@ def answer_from(app: FastAPI, current: Callable[[], Scene]) -> None:
         if scene.is_away:
             return refusal(503, "counter_unreachable", "the counter actor did not answer within 1 s")
         return await call_next(request)  # type: ignore[no-any-return]
+
+    @app.get("/admin/v1/models")
+    async def models() -> list[views.ModelView]:
+        return [views.ModelView(name=name, slot="", price=1.0) for name in current().models]
 
     @app.get("/admin/v1/overview")
     async def overview(top: int = 50, search: str | None = None) -> views.Overview:

@@ -94,10 +94,16 @@ def show(stage: Stage, browser: Browser) -> Iterator[Show]:
             complaints.append(message.text)
 
     def open_page(
-        kind: str, *, size: tuple[int, int] = DESK, scheme: str = "light", key: str | None = None, wait: bool = True
+        kind: str,
+        *,
+        size: tuple[int, int] = DESK,
+        scheme: str = "light",
+        key: str | None = None,
+        wait: bool = True,
+        models: tuple[str, ...] = ("tiny",),
     ) -> Page:
         stage.scene = fake_admin.scene(kind, time.time)
-        stage.scene.key = key
+        stage.scene.key, stage.scene.models = key, models
         page = browser.new_page(
             viewport={"width": size[0], "height": size[1]},
             color_scheme="dark" if scheme == "dark" else "light",
@@ -280,6 +286,22 @@ def test_budgets_that_are_passed_are_told_in_words_and_shown_in_the_details(show
 
 def test_where_nobody_has_a_budget_there_is_no_column_for_it(show: Show) -> None:
     expect(show("quiet").locator("th.budget")).to_be_hidden()
+
+
+def test_of_several_models_each_has_a_page_that_asks_about_it_alone(show: Show, stage: Stage) -> None:
+    alone = show("flood")
+    expect(alone.locator("#model")).to_be_hidden()
+    alone.goto("about:blank")
+    page = show("flood", models=("small", "org/big"))
+    expect(page.get_by_label("Model")).to_have_value("small")
+    page.get_by_label("Model").select_option("org/big")
+    page.wait_for_url("**/dashboard?model=org%2Fbig")
+    expect(page.locator("#verdict-title")).to_have_text("Fair")
+    expect(page.get_by_label("Model")).to_have_value("org/big")
+    stage.scene.requests.clear()
+    page.wait_for_selector("#chart-service .main-svg")
+    until_asked = [one for one in stage.scene.requests if "/models" not in one]
+    assert until_asked and all("model=org%2Fbig" in one for one in until_asked)
 
 
 def test_a_paused_page_stands_still(show: Show, stage: Stage) -> None:

@@ -4,6 +4,9 @@ const ROOT = new URL("admin/v1/", document.baseURI);
 const KEPT = "fairserve-admin-key";
 const MAX_WAIT_MS = 5000;
 
+/** Of several models the one that this page shows, as its own address says; "" for the first. */
+export const MODEL = new URLSearchParams(location.search).get("model") ?? "";
+
 /** An answer that is not the one asked for. `status` 0: no answer at all. */
 export class ApiError extends Error {
   constructor(status, code, message) {
@@ -54,9 +57,10 @@ async function ask(path, options) {
   throw new ApiError(response.status, told.code ?? null, told.message ?? `The service answered HTTP ${response.status}.`);
 }
 
-/** GET; a list as a parameter's value repeats the parameter, null leaves it out. */
+/** GET about the model of this page; a list as a parameter's value repeats the parameter, null leaves it out. */
 export function get(path, params = {}) {
   const url = new URL(path, ROOT);
+  if (MODEL && path !== "models") url.searchParams.set("model", MODEL);
   for (const [name, value] of Object.entries(params)) {
     for (const one of [value].flat()) if (one !== null && one !== "") url.searchParams.append(name, one);
   }

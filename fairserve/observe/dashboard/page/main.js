@@ -1,6 +1,6 @@
 // Asks once a second, and hands what came to whoever draws it.
 
-import { get, hasKey, setKey } from "./api.js";
+import { get, hasKey, MODEL, setKey } from "./api.js";
 import { drawShares, drawTimes, drawWaits, loadLibrary, readColours } from "./charts.js";
 import { ClientTable } from "./clients.js";
 import { sharesOf, waitsOf } from "./derive.js";
@@ -24,6 +24,7 @@ let canDraw = false;
 let hourFetchedMs = 0;
 let isCutOff = false;
 let nextDrawMs = 0;
+let knowsModels = false;
 
 // ------------------------------------------------------------------------------------------------ the cycle
 
@@ -35,6 +36,7 @@ async function cycle() {
 
 async function refresh() {
   try {
+    if (!knowsModels) await offerModels();
     const fresh = await get("overview", { top: TOP });
     if (isPaused) return; // pressed while the answer was under way
     overview = fresh;
@@ -49,6 +51,16 @@ async function refresh() {
     failed(error);
   }
   showFreshness();
+}
+
+/** Of several models, each has a page; one that has come since shows when the page is loaded again. */
+async function offerModels() {
+  const models = await get("models");
+  knowsModels = true;
+  if (models.length < 2) return;
+  const select = byId("model");
+  select.replaceChildren(...models.map(({ name }) => new Option(name, name, false, name === MODEL)));
+  select.hidden = false;
 }
 
 function show() {
@@ -222,6 +234,12 @@ function useKey(typed) {
   isHalted = false;
   refresh();
 }
+
+byId("model").addEventListener("change", ({ target }) => {
+  const url = new URL(location.href);
+  url.searchParams.set("model", target.value);
+  location.assign(url);
+});
 
 byId("key").addEventListener("click", () => askKey());
 byId("key-close").addEventListener("click", () => byId("key-dialog").close());
