@@ -5,15 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from openai.types.responses import ResponseOutputItem
+from pydantic import TypeAdapter
 
 from fairserve.api.responses_output import Event, Items
 from fairserve.api.tool_calls import CallParser
 from fairserve.api.tool_formats import FORMATS
 from fairserve.engine.request import TokenLogprob
+from tests.api.test_tool_calls import MARKS
 from tests.api.tool_kit import CALL
 
 TEXT = f"I look. {CALL} and then"
 SPOKEN = f"{TEXT} é"
+WEATHER: Any = {"weather": None}
+CALLS = ['<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>', '[TOOL_CALLS]g{"x": 2}', " Now.", " x"] * 3
+ITEM: TypeAdapter[Any] = TypeAdapter(ResponseOutputItem)
 
 
 def byte_text(token_id: int) -> tuple[str, list[int] | None]:
@@ -26,7 +34,7 @@ def scored(text: str) -> list[TokenLogprob]:
 
 
 def items(*, has_functions: bool = True, is_piecewise: bool = True) -> Items:
-    parser = CallParser(FORMATS["hermes"], frozenset({"weather"}), is_piecewise=is_piecewise)
+    parser = CallParser(FORMATS["hermes"], WEATHER, is_piecewise=is_piecewise)
     return Items("1", byte_text, parser if has_functions else None)
 
 
@@ -86,7 +94,7 @@ def test_tokens_whose_text_waits_come_with_it() -> None:
 
 
 def test_a_token_that_shows_a_space_which_the_text_has_not_is_one_of_it() -> None:
-    parser = CallParser(FORMATS["hermes"], frozenset({"weather"}))
+    parser = CallParser(FORMATS["hermes"], WEATHER)
     made = Items("1", lambda _: (" Hello", None), parser)
     (*_, (_, fields)) = made.push("Hello", [TokenLogprob(1, -0.5)])
     assert [one["token"] for one in fields["logprobs"]] == [" Hello"]
@@ -96,3 +104,25 @@ def test_a_token_that_shows_a_space_which_the_text_has_not_is_one_of_it() -> Non
 def test_broken_arguments_end_an_item_that_is_incomplete() -> None:
     _, (call,) = said('<tool_call>{"name": "weather", "arguments": {"city" "Oslo"}}</tool_call>', 5)
     assert (call["status"], call["arguments"]) == ("incomplete", '{"city" "Oslo"}')
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    name=st.sampled_from(["hermes", "llama3_json", "mistral"]),
+    words=st.lists(st.sampled_from([*CALLS, *MARKS, *'{}[],;"\\ \nfgx']), max_size=25),
+    is_parallel=st.booleans(),
+    is_piecewise=st.booleans(),
+)
+def test_whatever_a_model_says_is_items_that_are_told_as_they_end(
+    name: str, words: list[str], is_parallel: bool, is_piecewise: bool
+) -> None:
+    functions: Any = {"f": None, "g": None}
+    parser = CallParser(FORMATS[name], functions, is_parallel=is_parallel, is_piecewise=is_piecewise)
+    made = Items("1", byte_text, parser)
+    events = [event for word in words for event in made.push(word, scored(word))] + made.finish(False)
+    told = made.so_far()
+    assert [fields["item"] for kind, fields in events if kind == "output_item.done"] == told
+    assert [fields["output_index"] for kind, fields in events if kind == "output_item.added"] == [*range(len(told))]
+    for one in told:
+        ITEM.validate_python(one)
+        assert one["type"] == "function_call" or bytes_of(one).decode() == one["content"][0]["text"]
