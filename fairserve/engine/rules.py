@@ -11,6 +11,10 @@ from fairserve.engine.grammar import Grammars, allowed_tokens
 from fairserve.engine.request import GenerateRequest
 from fairserve.errors import InvalidRequest
 
+_ADDENDS = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), 0.0, -np.inf)
+_ADDENDS = _ADDENDS.astype(np.float32)
+"""What is added to the logits of eight tokens, by the byte whose bits say which may come."""
+
 
 class Rules:
     """Rules of one request, and where its output stands in them."""
@@ -72,6 +76,12 @@ class Rules:
         return self.matcher.has_ended
 
 
+def addends(allowed: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """0 for what is ``allowed`` [rows, vocabulary], else minus infinity; the rows are filled up to whole bytes."""
+    bits = np.packbits(allowed, axis=1, bitorder="little")
+    return np.take(_ADDENDS, bits, axis=0).reshape(len(allowed), -1)
+
+
 def needs_rules(request: GenerateRequest) -> bool:
     p = request.sampling
     return bool(p.grammar is not None or p.allowed_token_ids is not None or p.bad_words or p.min_tokens)
@@ -79,10 +89,12 @@ def needs_rules(request: GenerateRequest) -> bool:
 
 def allowed_of(rules: Sequence[Rules], vocab_size: int) -> tuple[NDArray[np.bool_], dict[int, str]]:
     """What each may have next, [rules, vocab_size], and by index why one can have nothing."""
-    allowed = np.ones((len(rules), vocab_size), dtype=np.bool_)
     followed = [(i, one.matcher) for i, one in enumerate(rules) if one.matcher is not None]
-    if followed:
-        allowed[[i for i, _ in followed]] = allowed_tokens([matcher for _, matcher in followed], vocab_size)
+    allowed = allowed_tokens([matcher for _, matcher in followed], vocab_size) if followed else None
+    if allowed is None or len(followed) < len(rules):
+        constrained, allowed = allowed, np.ones((len(rules), vocab_size), dtype=np.bool_)
+        if constrained is not None:
+            allowed[[i for i, _ in followed]] = constrained
     failed: dict[int, str] = {}
     for i, one in enumerate(rules):
         one.cut(allowed[i])

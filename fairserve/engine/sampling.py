@@ -13,20 +13,21 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from fairserve.engine.drawing import inverse_transform, log_total, weights_of
 from fairserve.engine.grammar import Grammars
 from fairserve.engine.prompt_rows import PromptRows
 from fairserve.engine.request import GenerateRequest, SamplingParams, TokenLogprob
-from fairserve.engine.rules import Rules, allowed_of, needs_rules
+from fairserve.engine.rules import Rules, addends, allowed_of, needs_rules
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy, as in vLLM: dividing by them gains nothing but overflow."""
 _CANDIDATES = 1024
 """Tokens sorted at first for top_k and top_p; a whole vocabulary is sorted only for rows that need more."""
-_BLOCK = 256
-"""Tokens summed up together when one is drawn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,13 +145,13 @@ def _best(logits: Tensor) -> list[int]:
 def _choose(raw: Tensor, rows: list[_Row]) -> list[Sampled]:
     """``raw``: float32 [R, vocabulary], finite maxima."""
     scores = _penalised(_biased(raw, rows), rows)
-    tokens = _argmax(scores).tolist()
+    tokens = _argmax(scores).tolist() if any(row.greedy for row in rows) else [0] * len(rows)
     scores, failed = _ruled(scores, rows, tokens)
     for sorts, draw in ((False, _draw), (True, _draw_sorted)):
         index = [i for i, row in enumerate(rows) if not row.greedy and row.sorts == sorts]
         if index:
             part = scores if len(index) == len(rows) else scores[index]
-            drawn = draw(_tempered(part, [rows[i] for i in index]), [rows[i] for i in index])
+            drawn = draw(_tempered(part, [rows[i] for i in index], part is not raw), [rows[i] for i in index])
             for i, token in zip(index, drawn.tolist(), strict=True):
                 tokens[i] = token
     logprobs = _logprobs(raw, rows, tokens)
@@ -169,8 +170,8 @@ def _biased(raw: Tensor, rows: list[_Row]) -> Tensor:
 def _ruled(scores: Tensor, rows: list[_Row], best: list[int]) -> tuple[Tensor, dict[int, str]]:
     """Minus infinity where a row's rules forbid a token, in a copy; and by row why they leave none.
 
-    ``best``: each row's best token, corrected here. A greedy row whose best one is allowed stays as it is: for most of
-    a model's tokens that saves all work on the whole vocabulary.
+    ``best``: each greedy row's best token, corrected here. One whose best token is allowed stays as it is: for most
+    of a model's tokens that saves all work on the whole vocabulary.
     """
     ruled = [(i, row.rules) for i, row in enumerate(rows) if row.rules is not None]
     if not ruled:
@@ -181,14 +182,24 @@ def _ruled(scores: Tensor, rows: list[_Row], best: list[int]) -> tuple[Tensor, d
     if not cut:
         return scores, failed
     index = [ruled[k][0] for k in cut]
-    may = torch.from_numpy(allowed[cut]).to(scores.device)
-    part = (scores if len(cut) == len(rows) else scores[index]).masked_fill(~may, float("-inf"))
+    allowed = allowed if len(cut) == len(ruled) else allowed[cut]
+    part = _masked(scores if len(cut) == len(rows) else scores[index], allowed)
     dead = part.amax(dim=-1, keepdim=True) == float("-inf")
     if dead.any():  # the model gives no chance to any that is left: all have the same; a row without any is told apart
+        may = torch.from_numpy(allowed).to(scores.device)
         part = torch.where(dead & (may | ~may.any(dim=-1, keepdim=True)), 0.0, part)
-    for i, token in zip(index, _argmax(part).tolist(), strict=True):
-        best[i] = token
+    if any(rows[i].greedy for i in index):
+        for i, token in zip(index, _argmax(part).tolist(), strict=True):
+            best[i] = token
     return (part if len(cut) == len(rows) else scores.index_copy(0, _index(index, scores), part)), failed
+
+
+def _masked(scores: Tensor, allowed: NDArray[np.bool_]) -> Tensor:
+    """A copy with minus infinity where a token is not ``allowed``."""
+    if scores.device.type != "cpu":
+        return scores.masked_fill(~torch.from_numpy(allowed).to(scores.device), float("-inf"))
+    added = torch.from_numpy(addends(allowed))  # torch's own masking takes five times as long on a CPU
+    return added[:, : scores.shape[-1]].add_(scores)
 
 
 def _index(values: Sequence[int], like: Tensor) -> Tensor:
@@ -220,70 +231,45 @@ def _penalised(raw: Tensor, rows: list[_Row]) -> Tensor:
     return raw.clone().index_put_(at, values)
 
 
-def _tempered(scores: Tensor, rows: list[_Row]) -> Tensor:
-    """Scores over temperature, largest 0: no temperature can overflow it. A new tensor."""
-    scores = scores - scores.amax(dim=-1, keepdim=True)
+def _tempered(scores: Tensor, rows: list[_Row], may_overwrite: bool) -> Tensor:
+    """Scores over temperature, largest 0: no temperature can overflow it."""
+    highest = scores.amax(dim=-1, keepdim=True)
+    scores = scores.sub_(highest) if may_overwrite else scores - highest
+    if all(row.params.temperature == 1.0 for row in rows):
+        return scores
     return scores.div_(_column([row.params.temperature for row in rows], scores))
 
 
 def _draw(scores: Tensor, rows: list[_Row]) -> Tensor:
     """Token ids [R], drawn from softmax(scores) cut by min_p. The largest score is 0. Overwrites ``scores``."""
-    kept = scores.exp_()
+    kept = weights_of(scores)
     if any(row.params.min_p > 0.0 for row in rows):
         kept.masked_fill_(kept < _column([row.params.min_p for row in rows], scores), 0.0)
-    return _inverse_transform(kept, rows)
+    return inverse_transform(kept, [row.chance() for row in rows])
 
 
 def _draw_sorted(scores: Tensor, rows: list[_Row]) -> Tensor:
     """Token ids [R], drawn after top_k, top_p and min_p."""
     vocabulary = scores.shape[-1]
     top_k = [min(row.params.top_k or vocabulary, vocabulary) for row in rows]  # no float holds 10**400
-    total = scores.logsumexp(dim=-1, keepdim=True)
+    total = log_total(scores)
     size = min(_CANDIDATES, vocabulary)
     values, ids = scores.topk(size, dim=-1)
-    covered = (values - total).exp().sum(dim=-1).tolist()
+    covered = weights_of(values - total).sum(dim=-1).tolist()
     if any(k > size and row.params.top_p > mass - 1e-4 for k, row, mass in zip(top_k, rows, covered, strict=True)):
         values, ids = scores.sort(dim=-1, descending=True)
     beyond = torch.arange(values.shape[-1], device=scores.device) >= _column(top_k, scores)
     values = values.masked_fill(beyond, float("-inf"))
     # Renormalised over the k best where there is a k, else over the whole vocabulary, sorted or not.
     cut = torch.tensor([[k < vocabulary] for k in top_k], device=scores.device)
-    probabilities = (values - torch.where(cut, values.logsumexp(dim=-1, keepdim=True), total)).exp()
+    probabilities = weights_of(values - torch.where(cut, log_total(values), total))
     before = probabilities.cumsum(dim=-1) - probabilities
     # 2.0 switches top_p off: the sum of many small numbers may pass 1.
     dropped = before >= _column([2.0 if row.params.top_p >= 1.0 else row.params.top_p for row in rows], scores)
     dropped |= probabilities < probabilities[:, :1] * _column([row.params.min_p for row in rows], scores)
     dropped[:, 0] = False
-    drawn = _inverse_transform(probabilities.masked_fill_(dropped, 0.0), rows)
+    drawn = inverse_transform(probabilities.masked_fill_(dropped, 0.0), [row.chance() for row in rows])
     return ids.gather(1, drawn.unsqueeze(1)).squeeze(1)
-
-
-def _inverse_transform(weights: Tensor, rows: list[_Row]) -> Tensor:
-    """Index [R] drawn with probability proportional to ``weights`` [R, n], one uniform number per row.
-
-    Two searches, for a block and within it: running sums over the whole vocabulary are most of what drawing costs."""
-    size = weights.shape[-1]
-    num_blocks = size // _BLOCK
-    sums = weights[:, : num_blocks * _BLOCK].unflatten(1, (num_blocks, _BLOCK)).sum(dim=-1, dtype=torch.float64)
-    tail = weights[:, num_blocks * _BLOCK :].sum(dim=-1, keepdim=True, dtype=torch.float64)
-    blocks = torch.cat([sums, tail], dim=-1).cumsum(dim=-1)
-    total = blocks[:, -1:]
-    chances = torch.tensor([[row.chance()] for row in rows], dtype=torch.float64, device=weights.device)
-    block, rest = _search(blocks, chances * total)
-    at = block * _BLOCK + torch.arange(_BLOCK, device=weights.device)
-    inside = weights.gather(1, at.clamp(max=size - 1)).double().masked_fill_(at >= size, 0.0).cumsum(dim=-1)
-    index, _ = _search(inside, rest)
-    return (block * _BLOCK + index).squeeze(1)
-
-
-def _search(cumulative: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Where [R, 1] the running sums [R, n] pass ``target`` [R, 1], and how far it is beyond the sum before. It is taken
-    to be below the total, however that was rounded: then what is found has weight."""
-    total = cumulative[:, -1:]
-    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
-    index = torch.searchsorted(cumulative, target, right=True)
-    before = torch.where(index > 0, cumulative.gather(1, (index - 1).clamp(min=0)), 0.0)
-    return index, target - before
 
 
 def _logprobs(raw: Tensor, rows: list[_Row], tokens: list[int]) -> Iterator[TokenLogprob | None]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
+import random
 from collections import Counter
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
-from fairserve.engine import sampling
+from fairserve.engine import drawing
 from fairserve.engine.sampling import Sampled, Sampler
 from tests.engine.support import drive, prompt_of, request
 
@@ -316,10 +316,47 @@ def test_drawing_by_blocks_finds_what_running_sums_over_all_would(size: int) -> 
     weights[:8] = 0.0
     weights[:8, -1] = 1.0
     chances = [0.0, 0.5, 1 - 2**-53, *torch.rand(61, generator=generator, dtype=torch.float64).tolist()]
-    rows: Any = [SimpleNamespace(chance=lambda chance=chance: chance) for chance in chances]
-    found = sampling._inverse_transform(weights, rows)
+    found = drawing.inverse_transform(weights, chances)
     sums = weights.double().cumsum(-1)
     targets = torch.tensor(chances, dtype=torch.float64) * sums[:, -1]
     wanted = torch.searchsorted(sums, targets.unsqueeze(1), right=True)
     assert found.tolist() == wanted.squeeze(1).clamp(max=size - 1).tolist()
     assert bool((weights.gather(1, found.unsqueeze(1)) > 0).all())
+
+
+def drawn_plainly(logits: torch.Tensor, allowed: torch.Tensor, temperature: float, chance: float) -> int:
+    """The definition, by sums over the whole row."""
+    scores = logits.masked_fill(~allowed, -math.inf)
+    sums = ((scores - scores.max()) / temperature).exp().double().cumsum(-1)
+    return int(torch.searchsorted(sums, chance * sums[-1], right=True))
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.3, 1.0, 1.7])
+@pytest.mark.parametrize("size", [1003, 2048])
+def test_what_weighs_next_to_nothing_is_left_out_without_changing_any_token(size: int, temperature: float) -> None:
+    generator = torch.Generator().manual_seed(size)
+    logits = torch.randn(40, size, generator=generator) * torch.linspace(0.1, 30, 40).unsqueeze(1)
+    logits[::5, : size // 2] = -math.inf
+    allowed = torch.rand(40, size, generator=generator) < torch.linspace(0.01, 1, 40).unsqueeze(1)
+    allowed[:, -1] = True
+    sampler, names = Sampler(), [f"r{i}" for i in range(40)]
+    for i, name in enumerate(names):
+        token_ids = tuple(allowed[i].nonzero().flatten().tolist()) if i % 2 else None
+        sampler.add(request(name, (3,), temperature=temperature, allowed_token_ids=token_ids), i)
+    before = logits.clone()
+    chances = [random.Random(i) for i in range(40)]
+    for _ in range(10):
+        sampled = sampler.sample(logits, names, [True] * 40)
+        for i, name in enumerate(names):
+            may = allowed[i] if i % 2 else torch.ones(size, dtype=torch.bool)
+            assert sampled[name].token_id == drawn_plainly(logits[i], may, temperature, chances[i].random()), (i, name)
+    assert torch.equal(logits, before)
+
+
+def test_a_score_beyond_the_least_weighs_nothing_and_minus_infinity_too() -> None:
+    least = drawing._LEAST
+    scores = torch.tensor([[0.0, -1.0, least + 1, least - 1e-3, -1000.0, -math.inf]])
+    weights = drawing.weights_of(scores.clone())
+    assert torch.equal(weights[0, :3], scores[0, :3].exp())
+    assert weights[0, 3:].tolist() == [0.0, 0.0, 0.0]
+    assert torch.equal(drawing.log_total(scores), scores.logsumexp(-1, keepdim=True))
