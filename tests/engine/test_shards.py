@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fairserve.engine.loading import require_divisible
+from fairserve.clock import VirtualClock
+from fairserve.engine.engine import make_engine
+from fairserve.engine.loading import load_model, require_divisible
 from fairserve.errors import ModelError
 from fairserve.local import free_port
-from tests.engine.one_rank import MAX_TOKENS, PROMPTS, READ, SIZE
+from tests.engine.one_rank import CONFIG, MAX_TOKENS, PROMPTS, READ, RULED, SIZE, run_ruled
+from tests.engine.support import FifoQueue, Ledger
 from tests.tiny_model import save_tiny_model
 
 
@@ -36,7 +41,9 @@ def ranks(folder: Path) -> list[subprocess.Popen[str]]:
     ]
 
 
-def test_two_ranks_make_the_tokens_that_one_makes(folder: Path) -> None:
+@pytest.fixture(scope="module")
+def made(folder: Path) -> dict[str, Any]:
+    """What two ranks made, by request."""
     lead, other = processes = ranks(folder)
     try:
         out, said = lead.communicate(timeout=300)
@@ -47,6 +54,11 @@ def test_two_ranks_make_the_tokens_that_one_makes(folder: Path) -> None:
             process.kill()
             process.communicate()
     made = json.loads(out.splitlines()[-1])
+    assert isinstance(made, dict)
+    return made
+
+
+def test_two_ranks_make_the_tokens_that_one_makes(folder: Path, made: dict[str, Any]) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for name, prompt in PROMPTS.items():
         wanted = model.generate(
@@ -59,6 +71,30 @@ def test_two_ranks_make_the_tokens_that_one_makes(folder: Path) -> None:
     rows, mean = output.logits[0].log_softmax(-1), output.hidden_states[-1][0].mean(0)
     assert made["scored"] == pytest.approx([float(rows[i, one]) for i, one in enumerate(tokens[1:])], abs=1e-4)
     assert made["pooled"] == pytest.approx((mean / mean.norm()).tolist(), abs=1e-4)
+
+
+def test_rules_hold_on_two_ranks_as_on_one(folder: Path, made: dict[str, Any]) -> None:
+    config = CONFIG.model_copy(update={"tensor_parallel_size": 1})
+    engine = make_engine(
+        load_model(str(folder), config),
+        config,
+        reserve_output_tokens=None,
+        queue=FifoQueue(),
+        account=Ledger(),
+        clock=VirtualClock(),
+    )
+    alone = run_ruled(engine)
+    assert {name: tuple(made[name]) for name in RULED} == alone
+    texts = {name: text for name, (_, text) in alone.items()}
+    assert len(json.loads(texts["schema"]).get("city", "")) <= 6
+    assert re.fullmatch("[a-f]{3,9}(-[0-9]+){2}", texts["regex"]) or len(alone["regex"][0]) == 40
+    assert texts["choice"] in ("yes", "yesterday")
+    tokens = {name: token_ids for name, (token_ids, _) in alone.items()}
+    assert 41 not in tokens["bias"]
+    assert 40 in tokens["bias"]
+    assert len(tokens["long"]) == 11  # the end is by far the likeliest, and held off ten times
+    assert set(tokens["few"]) <= {30, 31, 32, 33}
+    assert 40 not in tokens["without"]
 
 
 def test_heads_that_cannot_be_dealt_out_are_told_with_what_can(folder: Path) -> None:
