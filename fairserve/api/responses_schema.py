@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import FailFast, Field, WithJsonSchema, field_validator, model_validator
 
 from fairserve.api.body_errors import refuse
-from fairserve.api.openai_schema import _METADATA, Body, ChatRequest, Effort, Sampled, ServiceTier, parse
+from fairserve.api.openai_schema import _METADATA, _STOP, Body, ChatRequest, Effort, Sampled, ServiceTier, parse
 from fairserve.api.responses_input import INPUT, messages_of
 from fairserve.api.responses_tools import CHOICE_SCHEMA, FunctionTool, ToolChoice, check_kinds, choice_of
 from fairserve.api.tools import MAX_TOOLS
@@ -98,6 +98,10 @@ class ResponsesRequest(Body):
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    ignore_eos: bool = False
+    """As in a chat; vLLM's, for load generators, who want an output of a known length."""
+    stop: Annotated[Any, WithJsonSchema(_STOP)] = None
+    """As in a chat; vLLM's."""
     stream: bool = False
     text: TextOptions = TextOptions()
     reasoning: ReasoningOptions = ReasoningOptions()
@@ -181,6 +185,8 @@ class ResponsesRequest(Body):
             "max_completion_tokens": self.max_output_tokens,
             "temperature": self.temperature,
             "top_p": self.top_p,
+            "ignore_eos": self.ignore_eos,
+            "stop": self.stop,
             "stream": self.stream,
             "logprobs": wants_logprobs,
             "top_logprobs": self.top_logprobs if wants_logprobs else None,

@@ -254,6 +254,13 @@ async def test_nothing_is_stored_and_the_answer_says_so(http: httpx.AsyncClient)
         assert (await http.post(PATH, json=BODY | asked)).json()["store"] is False
 
 
+async def test_vllms_ignore_eos_and_stop_hold_as_in_a_chat(http: httpx.AsyncClient, backend: ScriptedBackend) -> None:
+    assert (await http.post(PATH, json=BODY | {"ignore_eos": True, "stop": None})).status_code == 200
+    assert (await http.post(PATH, json=BODY | {"stop": ["x", "y"]})).status_code == 200
+    sampled = [(request.sampling.ignore_eos, request.sampling.stop) for request in backend.requests]
+    assert sampled == [(True, ()), (False, ("x", "y"))]
+
+
 WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"previous_response_id": "resp_1"}, "previous_response_id", NO_STATE),
     ({"input": []}, "input", "must be a string or a list of messages"),
@@ -271,6 +278,8 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ),
     ({"max_output_tokens": 0}, "max_output_tokens", "greater than or equal to 1"),
     ({"max_output_tokens": 5_000}, "input", "5000 were asked for"),
+    ({"stop": ""}, "stop", "must have 1 to"),
+    ({"ignore_eos": 1}, "ignore_eos", "valid boolean"),
     ({"background": True}, "background", "is not supported yet: leave it out, or send false"),
     ({"truncation": "auto"}, "truncation", 'leave it out, or send "disabled"'),
     ({"conversation": "conv_1"}, "conversation", "send the whole conversation in 'input' instead"),

@@ -299,9 +299,11 @@ def test_of_several_models_each_has_a_page_that_asks_about_it_alone(show: Show, 
     expect(page.locator("#verdict-title")).to_have_text("Fair")
     expect(page.get_by_label("Model")).to_have_value("org/big")
     stage.scene.requests.clear()
-    page.wait_for_selector("#chart-service .main-svg")
-    until_asked = [one for one in stage.scene.requests if "/models" not in one]
-    assert until_asked and all("model=org%2Fbig" in one for one in until_asked)
+    for _ in range(200):
+        if any("/history" in one for one in stage.scene.requests):
+            break
+        page.wait_for_timeout(100)
+    assert stage.scene.requests and all("model=org%2Fbig" in one for one in stage.scene.requests)
 
 
 def test_a_paused_page_stands_still(show: Show, stage: Stage) -> None:
