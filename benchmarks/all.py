@@ -161,6 +161,13 @@ FIGURES = (
         1,
         is_run=False,
     ),
+    _module(
+        "trace_slice",
+        "no figure: a piece of a trace as aiperf and guidellm replay it (`deployments/README.md`, Load generators)",
+        1,
+        "TRACE OUT --format mooncake --max-tokens 600 --limit 50",
+        is_run=False,
+    ),
     Figure(
         "overload",
         "ten times capacity for three minutes: memory of every process, 429s, limits, polite clients, 2,000 aborts",
