@@ -66,18 +66,27 @@ class Lora:
     def add(self, y: Tensor, x: Tensor) -> Tensor:
         """``y`` [.., T, out], the product of ``x`` [.., T, in], with what adapters add to it; in place. For steps with
         adapters only."""
-        step, order = self.step, self.step.order
-        rows, sums = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        if order is None:
-            mine, made = rows.narrow(0, step.first, step.num), sums.narrow(0, step.first, step.num)
+        step, order, table = self.step, self.step.order, self._table
+        if table.keys().isdisjoint(step.names):
+            return y
+        # A view takes as long as a product of few rows: none is made that does nothing.
+        rows, sums = (t if t.dim() == 2 else t.view(-1, t.shape[-1]) for t in (x, y))
+        if order is not None:
+            mine, added = rows.index_select(0, order), sums.new_zeros(step.num, sums.shape[1])
+        elif step.num < rows.shape[0]:
+            mine, added = rows.narrow(0, step.first, step.num), sums.narrow(0, step.first, step.num)
         else:
-            mine, made = rows.index_select(0, order), sums.index_select(0, order)
-        for name, inputs, outputs in zip(step.names, mine.split(step.sizes), made.split(step.sizes), strict=True):
-            factors = self._table.get(name)
+            mine, added = rows, sums
+        if len(step.names) == 1:
+            parts: Iterable[tuple[Tensor, Tensor]] = ((mine, added),)
+        else:
+            parts = zip(mine.split(step.sizes), added.split(step.sizes), strict=True)
+        for name, (inputs, outputs) in zip(step.names, parts, strict=True):
+            factors = table.get(name)
             if factors is not None:
                 outputs.addmm_(inputs @ factors.a, factors.b)
         if order is not None:
-            sums.index_copy_(0, order, made)
+            sums.index_add_(0, order, added)  # on a CPU in half the time of index_copy_
         return y
 
 
