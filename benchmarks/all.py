@@ -207,6 +207,12 @@ FIGURES = (
         "requests",
         4,
     ),
+    _module(
+        "adapters",
+        "tokens/s with one and with four LoRA adapters in a batch of 8 and 32 requests, over the bare model's; what "
+        "loaded adapters cost those who ask for none",
+        6,
+    ),
     _module("quality", "what weights of 8 bits cost: perplexity of a fixed text, tokens that stay the same", 4),
     Figure(
         "simulate",
