@@ -133,24 +133,24 @@ def test_a_header_that_comes_twice_is_refused_even_with_one_value() -> None:
 
 
 @pytest.mark.parametrize(
-    ("metadata", "param", "words"),
+    ("metadata", "param", "code", "words"),
     [
-        ({"k": 1}, "metadata.k", "must be a string"),
-        ({"call_index": 1}, "metadata.call_index", "must be a string"),
-        ({"k": None}, "metadata.k", "must be a string"),
-        ({"k": "x" * 513}, "metadata.k", "513 characters, at most 512"),
-        ({"x" * 65: "v"}, "metadata", "65 characters, at most 64"),
-        ({str(i): "v" for i in range(17)}, "metadata", "17 pairs, at most 16"),
-        ([["k", "v"]], "metadata", "must be an object"),
+        ({"k": 1}, "metadata.k", "invalid_type", "must be a string"),
+        ({"call_index": 1}, "metadata.call_index", "invalid_type", "must be a string"),
+        ({"k": None}, "metadata.k", "invalid_type", "must be a string"),
+        ({"k": "x" * 513}, "metadata.k", "string_above_max_length", "513 characters, at most 512"),
+        ({"x" * 65: "v"}, "metadata", "property_name_above_max_length", "65 characters, at most 64"),
+        ({str(i): "v" for i in range(17)}, "metadata", "object_above_max_properties", "17 pairs, at most 16"),
+        ([["k", "v"]], "metadata", "invalid_type", "must be an object"),
     ],
 )
 async def test_metadata_beyond_openais_limits_is_refused(
-    make_service: ServiceMaker, backend: ScriptedBackend, metadata: Any, param: str, words: str
+    make_service: ServiceMaker, backend: ScriptedBackend, metadata: Any, param: str, code: str, words: str
 ) -> None:
     async with http_of(app_of(make_service())) as http:
         answer = await http.post(CHAT, json=GOOD | {"metadata": metadata})
     error = answer.json()["error"]
-    assert (answer.status_code, error["param"], error["code"]) == (400, param, "wrong_metadata")
+    assert (answer.status_code, error["param"], error["code"]) == (400, param, code)
     assert words in error["message"]
     assert backend.requests == []
 
