@@ -9,6 +9,7 @@ from typing import Any
 from fairserve.api.tool_formats import Format
 from fairserve.api.tool_keyword_grammar import KeywordGrammar, moved
 from fairserve.api.tools import Toolbox
+from fairserve.engine.grammar import json_rule
 from fairserve.engine.request import Grammar
 
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -33,7 +34,7 @@ def grammar_of(written: Format, toolbox: Toolbox) -> Grammar:
     if written.has_marker_in_grammar:
         more = "" if is_one else ' ("\\n" call)*'
         begin, end = json.dumps(written.marker + "\n"), json.dumps("\n" + written.end)
-        return Grammar("lark", f"start: call{more}\ncall: {begin} object {end}\nobject: %json {json.dumps(call)}\n")
+        return Grammar("lark", f"start: call{more}\ncall: {begin} object {end}\nobject: {json_rule(call)}\n")
     if written.is_list:
         call = {"type": "array", "items": call, "minItems": 1} | ({"maxItems": 1} if is_one else {})
     return Grammar("json_schema", json.dumps(call))
@@ -48,10 +49,14 @@ def grammar_of_either(written: Format, toolbox: Toolbox, answer: Grammar) -> Gra
     if answer.kind not in ("json_schema", "json_object") or (written.is_list and written.is_json):
         return None
     calls = grammar_of(written, toolbox)
-    schema = answer.text or '{"type": "object"}'
+    try:
+        form = json_rule(json.loads(answer.text or '{"type": "object"}'))
+    except (ValueError, RecursionError):
+        return answer  # which does not compile, and says why
     if calls.kind == "json_schema":
-        return Grammar("lark", f"start: call | answer\ncall: %json {calls.text}\nanswer: %json {schema}\n")
-    return Grammar("lark", calls.text.replace("start: ", "start: answer | ", 1) + f"answer: %json {schema}\n")
+        call = json_rule(json.loads(calls.text))
+        return Grammar("lark", f"start: call | answer\ncall: {call}\nanswer: {form}\n")
+    return Grammar("lark", calls.text.replace("start: ", "start: answer | ", 1) + f"answer: {form}\n")
 
 
 def _call(name: str, parameters: Json | None, key: str, place: str) -> Json:

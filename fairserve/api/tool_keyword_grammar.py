@@ -11,6 +11,7 @@ from llguidance import regex_to_lark
 
 from fairserve.api.tool_formats import Format
 from fairserve.api.tool_types import STRING, properties_of, resolved, types_of
+from fairserve.engine.grammar import json_rule
 from fairserve.errors import InvalidRequest
 
 Json = dict[str, Any]
@@ -133,12 +134,10 @@ class KeywordGrammar:
 
     def _json(self, schema: Any, root: Json) -> str:
         """A rule for a value in JSON."""
-        text = json.dumps(schema)
-        if '"$ref"' in text:  # what it refers to comes with it
+        if '"$ref"' in json.dumps(schema):  # what it refers to comes with it
             place = "#/$defs/root"
-            definitions = {"$defs": {"root": moved(root, place)}}
-            text = json.dumps({**moved(schema, place), **definitions})
-        return self._rule(f"%json {text}", "j")
+            schema = {**moved(schema, place), "$defs": {"root": moved(root, place)}}
+        return self._rule(json_rule(schema), "j")
 
     def _refused(self, why: str) -> InvalidRequest:
         detail = (

@@ -136,6 +136,13 @@ def lark_of_gbnf(text: str) -> str:
         raise _invalid(f"is neither Lark nor GBNF: {error}") from None
 
 
+def json_rule(schema: Any) -> str:
+    """What a rule of a grammar in Lark says for JSON of this schema, with as little space in it as elsewhere."""
+    said = {} if schema is True else schema
+    limited = said | {"x-guidance": {"whitespace_pattern": _WHITESPACE}} if isinstance(said, dict) else said
+    return f"%json {json.dumps(limited)}"
+
+
 def check(grammar: Grammar) -> None:
     """Compile it without a tokenizer, to see whether it does.
 

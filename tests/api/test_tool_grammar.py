@@ -126,6 +126,16 @@ def test_an_answer_in_json_may_stand_in_place_of_a_call(form: str, kind: Any) ->
         assert not is_taken(grammar, written(form, "rm", {}))
 
 
+@pytest.mark.parametrize("form", sorted(FORMATS))
+def test_a_forced_call_has_no_endless_space_to_get_lost_in(form: str) -> None:
+    grammar = grammar_of(FORMATS[form], toolbox(DRAW))
+    text = written(form, "draw", {"at": {"x": 1}})
+    for num_spaces, is_right in ((20, True), (40, grammar.kind == "json_schema")):  # that kind is limited elsewhere
+        assert is_taken(grammar, text.replace('"x": 1', f'"x":{" " * num_spaces}1')) == is_right
+    either = grammar_of_either(FORMATS[form], toolbox(DRAW), Grammar("json_object"))
+    assert either is None or not is_taken(either, '{"a":' + " " * 40 + "1}")
+
+
 def test_nothing_may_stand_in_place_of_calls_that_cannot_be_told_from_it() -> None:
     assert grammar_of_either(FORMATS["mistral"], toolbox(TIME), Grammar("json_object")) is None
     assert grammar_of_either(FORMATS["hermes"], toolbox(TIME), Grammar("choice", '["yes"]')) is None

@@ -339,6 +339,12 @@ async def test_an_answer_in_json_leaves_room_for_calls(http: httpx.AsyncClient, 
     assert grammar is not None and "start: answer | call" in grammar.text
 
 
+async def test_a_form_that_is_no_json_is_told_beside_tools_as_without(http: httpx.AsyncClient) -> None:
+    error = await refused(http, GOOD | {"guided_json": '{"type": '})
+    assert error["code"] == "invalid_grammar"
+    assert "is not JSON" in error["message"]
+
+
 async def test_an_answer_of_another_form_leaves_no_room_for_calls(http: httpx.AsyncClient) -> None:
     form = {"guided_choice": ["yes", "no"]}
     assert (await refused(http, GOOD | form))["param"] == "tools"
