@@ -74,7 +74,7 @@ def check_adapters(
         try:
             got = model_check.serve_again(model, device, dtype, adapters=adapters, adapter=name)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise ModelError(name, f"a linear that the LoRA adapter changes does not see all rows: {error}") from error
+            raise ModelError(name, f"the model does not run with this LoRA adapter: {error}") from error
         complaint = "the LoRA adapter computes something else here than through peft"
         model_check.require_equal(logits, got, name, dtype, complaint, tolerance)
 
@@ -104,6 +104,8 @@ def _put_in(model: Any, where: str) -> tuple[Any, dict[str, Factors]]:
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    if any(isinstance(layer, BaseTunerLayer) for layer in model.modules()):
+        raise _Unserved("the model itself comes with an adapter (adapter_config.json in its folder): merge that first")
     folder = _locate(where)
     config = _read_config(folder)
     _check_names(folder)
@@ -198,5 +200,5 @@ def _factors(path: str, layer: Any, head: nn.Module | None) -> Factors:
     a, b = layer.lora_A[_NAME].weight.detach(), layer.lora_B[_NAME].weight.detach()
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
         raise _Unserved(f"its weights for {path} are not finite (NaN or infinity)")
-    scaled = b.float() * layer.scaling[_NAME]
-    return Factors(a.T.contiguous(), scaled.to(b.dtype).T.contiguous())
+    scaled, dtype = b.float() * layer.scaling[_NAME], base.weight.dtype
+    return Factors(a.to(dtype).T.contiguous(), scaled.to(dtype).T.contiguous())

@@ -121,6 +121,13 @@ def test_int8_rounds_the_base_and_leaves_adapters_as_they_are(kind, tmp_path):
     assert served(prepare(tiny(kind), saved(tmp_path, kind), "int8"))[0] == right
 
 
+@pytest.mark.parametrize("cpu_linear", ["eager", "packed"])
+def test_adapters_of_float32_serve_a_model_of_bfloat16(cpu_linear, folders):
+    loaded = prepare(tiny("llama").bfloat16(), folders, cpu_linear)  # and its logits are near peft's
+    said = served(loaded)[0]
+    assert len({tuple(said[f"{name or 'base'}-40"]) for name in NAMES}) == len(NAMES)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -143,6 +150,17 @@ def test_requests_that_arrive_while_others_run_get_the_same_tokens(llama, llama_
         driver.step()
     driver.run()
     assert {name: driver.tokens(name) for name in PROMPTS} == llama_tokens
+
+
+def test_a_request_that_goes_on_from_a_replica_that_died_keeps_its_adapter(llama, llama_tokens):
+    driver = drive(llama)
+    for name in NAMES:
+        said = llama_tokens[f"{name or 'base'}-17"]
+        rest = request(name or "base", (*prompt_of(17, 17), *said[:4]), max_tokens=MAX_TOKENS - 4)
+        driver.add(replace(rest, adapter=name, num_generated=4))
+    driver.run()
+    for name in NAMES:
+        assert driver.tokens(name or "base") == llama_tokens[f"{name or 'base'}-17"][4:]
 
 
 def test_weights_merged_by_peft_give_the_same(llama_tokens):
@@ -314,6 +332,11 @@ def test_an_adapter_that_brings_embeddings_of_its_own_is_refused(tmp_path):
 def test_an_adapter_of_another_base_is_refused(folders):
     with pytest.raises(ModelError, match=r"does not fit this model: .*size mismatch"):
         prepare(tiny("llama", intermediate_size=56), folders)
+
+
+def test_a_model_that_comes_with_an_adapter_gets_no_others(folders):
+    with pytest.raises(ModelError, match="the model itself comes with an adapter"):
+        prepare(wrapped(tiny("llama"), "part").base_model.model, folders)
 
 
 @pytest.mark.parametrize("where", ["/nowhere", "./nowhere", "a/b/c"])
