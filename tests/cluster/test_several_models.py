@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from fairserve.clock import VirtualClock
 from fairserve.cluster.counter_service import CounterService
 from fairserve.config import FairServeArgs
 from fairserve.dispatch.messages import NOTHING, RouterCall, StepReport, Submit, Totals
+from fairserve.dispatch.status import status
 from fairserve.errors import BudgetSpent, UnknownModel
 
 NOON = 20_000 * 86_400 + 43_200.0
@@ -158,6 +160,8 @@ async def test_service_by_one_model_counts_at_the_other_by_their_prices(across: 
     await scene.exchange()
     ahead = scene.counter("", "ann") - scene.counter("", "bob")
     assert ahead == (10.0 - 4 * 10.0 if across else 10.0)
+    used = [(row[1], *row[5:]) for row in (await scene.service.usage(0, 30_000))["rows"] if row[6]]
+    assert used == [("ann", 5, 10.0, "small"), ("bob", 5, 10.0, "big")], "usage is told where it was served"
     scene.service.end()
 
 
@@ -185,6 +189,32 @@ async def test_whoever_is_served_by_a_dear_model_waits_behind_the_others_at_a_ch
         assert got["", "ann"] <= 1, "a request of the big model counts more than one of the small one"
     else:
         assert got["", "ann"] == 30
+    scene.service.end()
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_gaps_stay_within_the_bound_whatever_the_other_model_serves(seed: int) -> None:
+    rng = random.Random(seed)
+    scene = Scene(across_models=True)
+    await scene.exchange()
+    clients, turns = ("ann", "bob", "cat"), {"": 0, "big": 0}
+    for _ in range(150):
+        model = rng.choice(("", "big"))
+        dispatcher = scene.counters(model)
+        await scene.wait(model, *(one for one in clients if dispatcher.room.num_waiting(one) < rng.choice((1, 2))))
+        await scene.report(model)
+        scene.seq += 1
+        call = RouterCall(f"router-{model}", 1, scene.seq, 1, grants_ack=turns[model])
+        for grant in (await scene.service.route(call, model)).grants:
+            turns[model] += 1
+            client = grant.request_id.rsplit("-", 1)[1]
+            await scene.report(model, free=False, ran=(grant.request_id,), **{client: rng.randint(1, 10)})
+        if rng.random() < 0.5:
+            await scene.exchange()
+        for each in ("", "big"):
+            found = status(scene.counters(each), scene.clock.now_s())
+            assert found["worst_gap"] <= found["bound"], (each, found["worst_gap"], found["bound"])
+    assert min(turns.values()) > 40
     scene.service.end()
 
 
@@ -247,6 +277,7 @@ async def test_a_budget_is_of_all_models_together() -> None:
     await scene.wait("", "ann", budgets=budgets)
     await scene.wait("big", "ann", budgets=budgets)
     await scene.report("", free=False, ann=60)
+    scene.counters("").tick(scene.clock.now_s())
     await scene.report("big", free=False, ann=60)
     for model in ("", "big"):
         scene.counters(model).tick(scene.clock.now_s())
