@@ -81,7 +81,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     "default": {"model": ErrorBody, "description": "The request is wrong, or the service failed"},
 }
 NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {"model": ErrorBody, "description": "There is none"}}
-Search = Annotated[str | None, Query(max_length=200, description="Part of the clients' names")]
+Search = Annotated[str, Query(max_length=200, description="Part of the clients' names")]
 Limit = Annotated[int, Query(ge=1, le=PAGE)]
 ClientName = Annotated[str, Path(pattern=f"^{COUNTED_PATH}$", description="Flat or a path: acme/research/ann")]
 Who = Annotated[str, Depends(who_of)]
@@ -127,11 +127,11 @@ def _add_reads(app: FastAPI, provider: Callable[[], AdminService]) -> None:
     @app.get("/overview")
     async def overview(
         top: Annotated[int, Query(ge=0, le=PAGE)] = 50,
-        search: Search = None,
+        search: Search = "",
         model: ModelName = "",
     ) -> Overview:
         """The service at a glance: verdict, totals, replicas, the ``top`` busiest clients, the newest events."""
-        return await provider().of(model).overview(top, search)
+        return await provider().of(model).overview(top, search or None)
 
     @app.get("/models")
     async def models() -> tuple[ModelView, ...]:
@@ -143,11 +143,11 @@ def _add_reads(app: FastAPI, provider: Callable[[], AdminService]) -> None:
         offset: Annotated[int, Query(ge=0)] = 0,
         limit: Limit = 100,
         order: ClientOrder = "service",
-        search: Search = None,
+        search: Search = "",
         model: ModelName = "",
     ) -> ClientPage:
         """Clients, ordered by name or by the largest of something."""
-        return await provider().of(model).clients(offset, limit, order, search)
+        return await provider().of(model).clients(offset, limit, order, search or None)
 
     @app.get("/clients/{name:path}", responses=NOT_FOUND)
     async def client(name: ClientName, model: ModelName = "") -> ClientView:

@@ -93,6 +93,8 @@ async def test_no_method_and_no_spelling_of_an_admin_route_gets_past_the_door(pa
     transport = httpx.ASGITransport(house.app)
     async with httpx.AsyncClient(transport=transport, base_url="http://fairserve") as http:
         for way in ways_to(path):
+            if http.base_url.join(way).path.startswith("/v1/"):
+                continue  # "//admin/v1/models" is a host and the path of another route
             for method in METHODS:
                 answer = await http.request(method, way, json={"client": "bob"})
                 # 404 and 405: the spelling leads nowhere. Never 200, and never what an admin would get to see.

@@ -60,6 +60,7 @@ OPERATIONS = (
     "POST /v1/batches/{batch_id}/cancel",
 )
 ADMIN_OPERATIONS = (
+    "GET /models",
     "GET /overview",
     "GET /clients",
     "GET /clients/{name}",
