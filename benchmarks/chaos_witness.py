@@ -61,7 +61,7 @@ class WitnessBook(LocalBook[GenerateRequest]):
 class WitnessReplica(replica.ModelReplica):
     """The real replica, with a book that writes down what it books."""
 
-    async def __init__(self, args_json: str) -> None:  # type: ignore[misc]
+    async def __init__(self, args_json: str, slot: str = "") -> None:  # type: ignore[misc]
         from ray import serve
 
         self._notes = Notes(witness_folder() / serve.get_replica_context().replica_id.unique_id)
@@ -74,7 +74,7 @@ class WitnessReplica(replica.ModelReplica):
             return book
 
         with mock.patch.object(replica, "make_local_book", witnessed):
-            await super().__init__(args_json)
+            await super().__init__(args_json, slot)
 
     async def generate(
         self, request: GenerateRequest, waited_s: float | None = None, *others: Any, **more: Any

@@ -122,14 +122,15 @@ class StubLoop:
 class StubReplica(ModelReplica):
     """A Serve deployment class like its parent."""
 
-    async def __init__(self, args_json: str) -> None:  # type: ignore[misc]
+    async def __init__(self, args_json: str, slot: str = "") -> None:  # type: ignore[misc]
         from ray import serve
 
-        args = FairServeArgs.model_validate_json(args_json)
-        actor = await asyncio.to_thread(start_counter_actor, args)
+        whole = FairServeArgs.model_validate_json(args_json)
+        args = whole.of_model(slot)
+        actor = await asyncio.to_thread(start_counter_actor, whole)
         book: LocalBook[GenerateRequest] = make_local_book(args.fairness)
         name = serve.get_replica_context().replica_id.unique_id
-        transport = RayTransport(lambda: start_counter_actor(args), actor)
+        transport = RayTransport(lambda: start_counter_actor(whole), actor, slot)
         metrics = deployment_metrics(args.metrics, args.counter.name)
         slots = args.engine.max_num_seqs
         limits = Limits(8192, KV_TOKENS, slots, block_size=16, vocab_size=50_000)
