@@ -192,8 +192,7 @@ class HttpDoor:
             case _, "client_not_found":
                 return UnknownClient(arguments["name"])
             case _, "model_not_found":
-                name, _, available = message.partition(" is not served here; available: ")
-                return UnknownModel(name.removeprefix("the model ").strip("'"), available)
+                return UnknownModel(arguments["model"], message.partition("available: ")[2])
             case _, "key_not_found":
                 return UnknownKey(arguments["id"])
             case _, "change_not_kept":

@@ -13,6 +13,7 @@ import pytest
 
 import fairserve
 from fairserve import views
+from fairserve.api.http_errors import describe
 from fairserve.client import Connection
 from fairserve.client_doors import HttpDoor
 from fairserve.errors import (
@@ -22,6 +23,7 @@ from fairserve.errors import (
     Unauthenticated,
     UnknownClient,
     UnknownKey,
+    UnknownModel,
 )
 from tests.api.admin_kit import ADMIN_KEYS, START_S, House
 from tests.client_kit import FakeDoor, over_http
@@ -219,3 +221,12 @@ def test_budgets_are_set_and_taken_back(service: Connection) -> None:
     (budget,) = service.set_budgets("greedy", {"day": {"hard": 1_000}}).budgets
     assert (budget.window, budget.hard, budget.soft) == ("day", 1_000, None)
     assert service.set_budgets("greedy", None).budgets == ()
+
+
+def test_an_unknown_model_is_named_with_those_that_are_served() -> None:
+    problem = describe(UnknownModel("huge", "small, big"), "req")
+    transport = httpx.MockTransport(lambda request: httpx.Response(problem.status, json=problem.body()))
+    with Connection(HttpDoor("http://fairserve", None, 5.0, transport), model="huge") as service:
+        for ask in (service.overview, service.counters, lambda: service.client("ann")):
+            with pytest.raises(UnknownModel, match=r"'huge'.*available: small, big$"):
+                ask()
