@@ -157,7 +157,8 @@ class AdminService:
         first = first or last.replace(day=1)
         if last < first:
             raise InvalidRequest(f"to ({last}) lies before from ({first})", param="to")
-        return await self._reads.read(("usage", first, last, by), lambda: self._query.usage(first, last, by))
+        question = (self._model, "usage", first, last, by)
+        return await self._reads.read(question, lambda: self._query.usage(first, last, by))
 
     async def keys(self) -> tuple[KeyView, ...]:
         """The live keys, then those of the deployment."""

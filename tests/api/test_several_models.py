@@ -123,3 +123,5 @@ async def test_the_admin_api_tells_of_each_model(house: House) -> None:
         assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "model_not_found")
     assert (await house.admin("/clients/ann", model="org/big")).json()["service"] == 7.0
     assert (await house.admin("/clients/ann")).status_code == 404, "the first model has not seen ann"
+    for name, models in (("org/big", ["org/big"]), ("small", []), ("", ["org/big"])):
+        assert [row["model"] for row in (await house.admin("/usage", model=name)).json()] == models
