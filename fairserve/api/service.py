@@ -203,7 +203,8 @@ class OpenAIService:
 
     def generate(self, job: Job) -> AsyncGenerator[Batch, None]:
         """Run all sequences of a job at once. Close it (``aclosing``): that cancels what still runs."""
-        return merged([self._served(job.model).backend.generate(request) for request in job.requests])
+        backend = self._served(job.model).backend
+        return merged([backend.generate(request) for request in job.requests])
 
     @asynccontextmanager
     async def deadline(self) -> AsyncIterator[None]:

@@ -35,8 +35,6 @@ from fairserve.views import (
 
 Answer = TypeVar("Answer")
 DAY_0 = date(1970, 1, 1)
-OF_ONE_MODEL = frozenset({"overview", "clients", "client", "history", "events", "usage", "usage_by_hour"})
-"""Questions that each model answers for itself, and that take its name."""
 
 
 class AskTransport(Protocol):
@@ -56,7 +54,7 @@ class CounterQuery:
     def __init__(self, transport: AskTransport, timeout_s: float, model: str = "") -> None:
         self._transport = transport
         self._timeout_s = timeout_s
-        self._model = model
+        self._which = {"model": model} if model else {}
 
     def of(self, model: str) -> CounterQuery:
         """The same about one of several models, by its name; "" for the first."""
@@ -74,24 +72,24 @@ class CounterQuery:
         return typed(tuple[ModelView, ...], await self._read("models"))
 
     async def overview(self, top: int = 50, search: str | None = None) -> Overview:
-        return typed(Overview, await self._read("overview", top=top, search=search))
+        return typed(Overview, await self._look("overview", top=top, search=search))
 
     async def clients(
         self, offset: int = 0, limit: int = 100, order: ClientOrder = "service", search: str | None = None
     ) -> ClientPage:
         arguments = {"offset": offset, "limit": limit, "order": order, "search": search}
-        return typed(ClientPage, await self._read("clients", **arguments))
+        return typed(ClientPage, await self._look("clients", **arguments))
 
     async def client(self, name: str) -> ClientView:
         """
         Raises:
             UnknownClient: the actor knows no client of that name.
         """
-        return typed(ClientView, await self._read("client", name=name))
+        return typed(ClientView, await self._look("client", name=name))
 
     async def history(self, clients: Sequence[str], since_s: float = 0, resolution_s: int = 1) -> History:
         arguments = {"clients": list(clients), "since_s": since_s, "resolution_s": resolution_s}
-        return typed(History, await self._read("history", **arguments))
+        return typed(History, await self._look("history", **arguments))
 
     async def usage(self, first: date, last: date, by: UsagePeriod = "day") -> list[UsageView]:
         """Of every model, unless this asks about one; by day (UTC), or by hour, and client.
@@ -102,13 +100,13 @@ class CounterQuery:
         found: list[UsageView] = []
         method, asked = usage_asked(first, last, by)
         while asked is not None:
-            views, asked = usage_views(await self._read(method, **asked), asked)
+            views, asked = usage_views(await self._look(method, **asked), asked)
             found += views
         return found
 
     async def events(self, after_seq: int = 0, limit: int = 200) -> tuple[EventView, ...]:
         """Oldest first."""
-        return typed(tuple[EventView, ...], await self._read("events", after_seq=after_seq, limit=limit))
+        return typed(tuple[EventView, ...], await self._look("events", after_seq=after_seq, limit=limit))
 
     async def audit(self, before_seq: int | None = None, limit: int = 200) -> tuple[AuditView, ...]:
         """Newest first."""
@@ -151,10 +149,12 @@ class CounterQuery:
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
+    async def _look(self, method: str, **arguments: Any) -> Any:
+        """What each model answers for itself."""
+        return await self._read(method, **arguments, **self._which)
+
     async def _read(self, method: str, **arguments: Any) -> Any:
         """A handle may point to an actor that has ended: the transport forgets it, and the second try finds another."""
-        if self._model and method in OF_ONE_MODEL:
-            arguments["model"] = self._model
         try:
             return await self._ask(method, arguments)
         except CounterUnreachable as error:

@@ -6,7 +6,6 @@ A plain asyncio object, so that a test can hold one without Ray; ``counter_actor
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -33,8 +32,6 @@ from fairserve.dispatch.store import Snapshot, Store
 from fairserve.dispatch.usage import UsageBook
 from fairserve.errors import InvalidRequest, UnknownModel
 from fairserve.fairness.hierarchy import is_group
-
-logger = logging.getLogger(__name__)
 
 UsagePage = tuple[list[tuple[Any, ...]], int | None]
 """Rows of whole days, or hours, and the one to ask for next."""
@@ -71,7 +68,7 @@ class CounterService:
     ) -> None:
         self._memory = memory
         deployed = FairServeArgs.model_validate_json((memory.recall() if memory else None) or args_json)
-        self._deployed_json, self._deployed_slots = deployed.model_dump_json(), deployed.slots
+        self._deployed_json = deployed.model_dump_json()
         self._config: CounterConfig = deployed.counter
         self._clock = clock or SystemClock()
         self._unix_s = unix_s
@@ -214,8 +211,8 @@ class CounterService:
         async with self._configuring:
             self._desk.deploy(deployed)
             self._config = deployed.counter
-            is_new = deployed.model_dump_json() != self._deployed_json
-            self._deployed_json, self._deployed_slots = deployed.model_dump_json(), deployed.slots
+            json = deployed.model_dump_json()
+            is_new, self._deployed_json = json != self._deployed_json, json
             for slot in deployed.slots:
                 if slot not in self._models:
                     self._models[slot] = await asyncio.to_thread(self._make, slot)
@@ -434,7 +431,7 @@ class CounterService:
         await asyncio.sleep(TICK_S)
         await self._across.exchange()
         now_s = self._clock.now_s()
-        for slot in self._models.keys() - set(self._deployed_slots):
+        for slot in self._models.keys() - set(self._desk.in_force.slots):
             if self._models[slot].dispatcher.is_idle:
                 async with self._configuring:
                     await self._retire(slot)
@@ -445,7 +442,7 @@ class CounterService:
 
     async def _retire(self, slot: str) -> None:
         """The model is served no more; its counters stay in the store, if there is one."""
-        if slot in self._deployed_slots:
+        if slot in self._desk.in_force.slots:
             return
         one = self._models.pop(slot)
         self._ticking.pop(slot).cancel()
