@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 
+import openai
 import pytest
 
 from fairserve.engine.request import GenerateRequest, SamplingParams
 from tests.api import tool_kit
 from tests.api.scripted import Step, byte_tokenizer, words
-from tests.api.served import Served
+from tests.api.served import API_KEY, PATIENCE_S, Served
 from tests.api.tool_kit import CALL
 
 CAN_BE_FORCED = "grammar" in SamplingParams.__dataclass_fields__
@@ -38,3 +39,16 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     served.backend.script = model
     with served.running():
         yield served
+
+
+@pytest.fixture
+def client(served: Served) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(api_key=API_KEY, base_url=served.url + "/v1", timeout=PATIENCE_S, max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+async def async_client(served: Served) -> AsyncIterator[openai.AsyncOpenAI]:
+    url = served.url + "/v1"
+    async with openai.AsyncOpenAI(api_key=API_KEY, base_url=url, timeout=PATIENCE_S, max_retries=0) as client:
+        yield client

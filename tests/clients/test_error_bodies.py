@@ -6,7 +6,7 @@ is from bodies that people showed in public; where each was seen stands beside i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ import pytest
 
 from fairserve.errors import BudgetSpent, ClientQueueFull, ModelFailed, ReplicaFailed
 from tests.api.scripted import Pause, Step
-from tests.api.served import API_KEY, Served
+from tests.api.served import Served
 
 CONTEXT = 20_000
 """Of the application in conftest.py."""
@@ -276,12 +276,6 @@ MISTAKES = [
         ours={"code": ("invalid_value", NO_CODE), "param": ("input", NO_PARAM)},
     ),
 ]
-
-
-@pytest.fixture
-def client(served: Served) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(api_key=API_KEY, base_url=served.url + "/v1", timeout=60, max_retries=0) as client:
-        yield client
 
 
 def ask(client: openai.OpenAI, mistake: Mistake, **headers: Any) -> openai.APIStatusError:

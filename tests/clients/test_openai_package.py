@@ -3,39 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import openai
 import pytest
 from pydantic import BaseModel
 
-from tests.api.served import API_KEY, Served
 from tests.api.tool_kit import TOOLS
 from tests.clients.conftest import needs_grammar
 
 MODEL = "tiny"
 HI: list[Any] = [{"role": "user", "content": "hi"}]
-PATIENCE_S = 60.0
 
 
 class Weather(BaseModel):
     """Today's weather in a city."""
 
     city: str
-
-
-@pytest.fixture
-def client(served: Served) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(api_key=API_KEY, base_url=served.url + "/v1", timeout=PATIENCE_S, max_retries=0) as client:
-        yield client
-
-
-@pytest.fixture
-async def async_client(served: Served) -> AsyncIterator[openai.AsyncOpenAI]:
-    url = served.url + "/v1"
-    async with openai.AsyncOpenAI(api_key=API_KEY, base_url=url, timeout=PATIENCE_S, max_retries=0) as client:
-        yield client
 
 
 def test_a_chat_and_a_completion_answer(client: openai.OpenAI) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import openai
@@ -11,11 +10,9 @@ import pytest
 from pydantic import BaseModel
 
 from tests.api.responses_kit import TOOLS
-from tests.api.served import API_KEY, Served
 from tests.clients.conftest import needs_grammar
 
 MODEL = "tiny"
-PATIENCE_S = 60.0
 ASK: dict[str, Any] = {"model": MODEL, "input": "hi"}
 
 
@@ -26,19 +23,6 @@ class Weather(BaseModel):
 
 
 WEATHER_TOOL: Any = openai.pydantic_responses_function_tool(Weather, name="weather")
-
-
-@pytest.fixture
-def client(served: Served) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(api_key=API_KEY, base_url=served.url + "/v1", timeout=PATIENCE_S, max_retries=0) as client:
-        yield client
-
-
-@pytest.fixture
-async def async_client(served: Served) -> AsyncIterator[openai.AsyncOpenAI]:
-    url = served.url + "/v1"
-    async with openai.AsyncOpenAI(api_key=API_KEY, base_url=url, timeout=PATIENCE_S, max_retries=0) as client:
-        yield client
 
 
 def test_a_response_answers_and_a_stream_can_be_left_early(client: openai.OpenAI) -> None:
